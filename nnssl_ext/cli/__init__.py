@@ -1,0 +1,1 @@
+"""One thin argparse file per command; heavy imports wait until the arguments are parsed."""

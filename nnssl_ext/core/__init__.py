@@ -1,0 +1,1 @@
+"""The lowest layer, free of torch: paths, records, registries, randomness, execution and logs."""

@@ -1,0 +1,175 @@
+"""One way to run many independent tasks: in this process, in a local pool, or on a Dask cluster.
+
+Tasks are keyed and must be idempotent: writing one whole output atomically, however often they run. A worker that dies
+breaks a local pool, so the pool is rebuilt, what was in flight is tried again on its own, and a task that kills its worker
+repeatedly is given up with an error of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from types import TracebackType
+from typing import Any, Protocol
+
+from typing_extensions import Self
+
+MAX_CRASHES = 2
+"""How often a task may take its worker down before it is given up."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "BLOSC_NTHREADS")
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What became of one task: a value, or the text of an error."""
+
+    key: str
+    value: Any = None
+    error: str | None = None
+
+
+class Executor(Protocol):
+    """Runs a module-level function over keyed argument tuples; used as a context manager."""
+
+    def run(self, function: Callable[..., Any], tasks: Mapping[str, tuple[Any, ...]]) -> Iterator[TaskResult]:
+        """Yields one result per task, in the order of completion. An exception becomes `TaskResult.error`."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def make_executor(num_processes: int, scheduler: str | None = None, cluster: str | None = None) -> Executor:
+    """The executor for a command's options.
+
+    Args:
+        num_processes: Local worker processes, or jobs on a cluster; 0 runs in this process.
+        scheduler: Address of a running Dask scheduler, such as `tcp://host:8786`.
+        cluster: `slurm`, `lsf` or `pbs`: start workers as jobs (needs the extra `[cluster]`).
+
+    Raises:
+        ValueError: If the number is negative, both places are given, or the cluster is unknown.
+    """
+    if num_processes < 0:
+        raise ValueError(f"{num_processes} processes are not possible; give 0 (this process) or more")
+    if scheduler and cluster:
+        raise ValueError("give either --scheduler or --cluster, not both")
+    if scheduler or cluster:
+        from nnssl_ext.core.dask_executor import DaskExecutor
+
+        return DaskExecutor(num_processes, scheduler=scheduler, cluster=cluster)
+    return LocalExecutor(num_processes) if num_processes else InlineExecutor()
+
+
+def _guarded(function: Callable[..., Any], key: str, arguments: tuple[Any, ...]) -> TaskResult:
+    try:
+        return TaskResult(key, function(*arguments))
+    except Exception as error:  # noqa: BLE001 - a task's failure is its result; the caller decides what it means
+        text = f"{type(error).__name__}: {error}"
+        expected = isinstance(error, ValueError | OSError)
+        return TaskResult(key, error=text if expected else f"{text}\n{traceback.format_exc()}")
+
+
+class InlineExecutor:
+    """Runs tasks one after another in this process."""
+
+    def run(self, function: Callable[..., Any], tasks: Mapping[str, tuple[Any, ...]]) -> Iterator[TaskResult]:
+        """See `Executor.run`."""
+        for key, arguments in tasks.items():
+            yield _guarded(function, key, arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+
+def _single_threaded() -> None:
+    for variable in THREAD_VARIABLES:
+        os.environ[variable] = "1"
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+class LocalExecutor:
+    """A pool of spawned worker processes with one thread each."""
+
+    def __init__(self, num_processes: int) -> None:
+        self.num_processes = num_processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop(abandon=error is not None)
+
+    def run(self, function: Callable[..., Any], tasks: Mapping[str, tuple[Any, ...]]) -> Iterator[TaskResult]:
+        """See `Executor.run`. Keeps two tasks per worker in flight, so arguments never pile up."""
+        todo = list(reversed(tasks))
+        crashes = dict.fromkeys(tasks, 0)
+        flying: dict[Future[TaskResult], str] = {}
+        while todo or flying:
+            suspects = bool(todo) and crashes[todo[-1]] > 0
+            limit = 1 if suspects or any(crashes[key] for key in flying.values()) else 2 * self.num_processes
+            while todo and len(flying) < limit:
+                if crashes[todo[-1]] and flying:
+                    break
+                key = todo.pop()
+                flying[self._submit(function, key, tasks[key])] = key
+            done, _ = wait(flying, return_when=FIRST_COMPLETED)
+            broken = False
+            for future in done:
+                key = flying.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    broken, flying[future] = True, key
+                else:
+                    yield future.result()
+            if broken:
+                yield from self._after_crash(flying, crashes, todo)
+
+    def _after_crash(
+        self, flying: dict[Future[TaskResult], str], crashes: dict[str, int], todo: list[str]
+    ) -> Iterator[TaskResult]:
+        self._stop(abandon=True)
+        alone = len(flying) == 1
+        for future, key in list(flying.items()):
+            del flying[future]
+            if future.done() and not future.cancelled() and future.exception() is None:
+                yield future.result()
+                continue
+            crashes[key] += 1
+            if alone and crashes[key] >= MAX_CRASHES:
+                yield TaskResult(key, error=f"its worker process died {crashes[key]} times (killed, or out of memory)")
+            else:
+                todo.append(key)
+
+    def _submit(self, function: Callable[..., Any], key: str, arguments: tuple[Any, ...]) -> Future[TaskResult]:
+        if self._pool is None:
+            saved = {name: os.environ.get(name) for name in (*THREAD_VARIABLES, "OMP_WAIT_POLICY")}
+            self._pool = ProcessPoolExecutor(self.num_processes, get_context("spawn"), initializer=_single_threaded)
+            _single_threaded()  # a spawned child reads its environment when its libraries load, before the initializer
+            try:
+                return self._pool.submit(_guarded, function, key, arguments)
+            finally:
+                _restore(saved)
+        return self._pool.submit(_guarded, function, key, arguments)
+
+    def _stop(self, abandon: bool) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=not abandon, cancel_futures=True)
+            self._pool = None
+
+
+def _restore(saved: Mapping[str, str | None]) -> None:
+    for name, value in saved.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
