@@ -1,0 +1,1 @@
+"""The training engine: it runs any pretext task and knows none."""
