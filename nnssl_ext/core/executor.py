@@ -1,8 +1,8 @@
 """One way to run many independent tasks: in this process, in a local pool, or on a Dask cluster.
 
 Tasks are keyed and must be idempotent: writing one whole output atomically, however often they run. A worker that dies
-breaks a local pool, so the pool is rebuilt, what was in flight is tried again on its own, and a task that kills its worker
-repeatedly is given up with an error of its own.
+breaks a local pool, so the pool is rebuilt, what was in flight is tried again on its own, and a task that kills its
+worker repeatedly is given up with an error of its own.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from types import TracebackType
 from typing import Any, Protocol
 
 from typing_extensions import Self
@@ -42,7 +42,7 @@ class Executor(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 def make_executor(num_processes: int, scheduler: str | None = None, cluster: str | None = None) -> Executor:
@@ -87,14 +87,8 @@ class InlineExecutor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         return None
-
-
-def _single_threaded() -> None:
-    for variable in THREAD_VARIABLES:
-        os.environ[variable] = "1"
-    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 class LocalExecutor:
@@ -107,69 +101,71 @@ class LocalExecutor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop(abandon=error is not None)
+    def __exit__(self, *error: object) -> None:
+        self._stop(abandon=error[0] is not None)
 
     def run(self, function: Callable[..., Any], tasks: Mapping[str, tuple[Any, ...]]) -> Iterator[TaskResult]:
-        """See `Executor.run`. Keeps two tasks per worker in flight, so arguments never pile up."""
-        todo = list(reversed(tasks))
+        """See `Executor.run`. Keeps two tasks per worker in flight; after a crash, its suspects run one at a time."""
+        todo = list(tasks)[::-1]
         crashes = dict.fromkeys(tasks, 0)
         flying: dict[Future[TaskResult], str] = {}
         while todo or flying:
-            suspects = bool(todo) and crashes[todo[-1]] > 0
-            limit = 1 if suspects or any(crashes[key] for key in flying.values()) else 2 * self.num_processes
-            while todo and len(flying) < limit:
-                if crashes[todo[-1]] and flying:
+            while todo and len(flying) < 2 * self.num_processes:
+                alone = crashes[todo[-1]] > 0 or any(crashes[key] for key in flying.values())
+                if alone and flying:
                     break
                 key = todo.pop()
                 flying[self._submit(function, key, tasks[key])] = key
             done, _ = wait(flying, return_when=FIRST_COMPLETED)
-            broken = False
-            for future in done:
-                key = flying.pop(future)
-                if isinstance(future.exception(), BrokenProcessPool):
-                    broken, flying[future] = True, key
-                else:
-                    yield future.result()
-            if broken:
+            if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
                 yield from self._after_crash(flying, crashes, todo)
+            else:
+                for future in done:
+                    del flying[future]
+                    yield future.result()
 
     def _after_crash(
         self, flying: dict[Future[TaskResult], str], crashes: dict[str, int], todo: list[str]
     ) -> Iterator[TaskResult]:
         self._stop(abandon=True)
-        alone = len(flying) == 1
-        for future, key in list(flying.items()):
-            del flying[future]
-            if future.done() and not future.cancelled() and future.exception() is None:
-                yield future.result()
-                continue
+        suspects = {f: k for f, k in flying.items() if f.cancelled() or f.exception() is not None}
+        yield from (future.result() for future in flying if future not in suspects)
+        flying.clear()
+        for key in suspects.values():
             crashes[key] += 1
-            if alone and crashes[key] >= MAX_CRASHES:
+            if len(suspects) == 1 and crashes[key] >= MAX_CRASHES:
                 yield TaskResult(key, error=f"its worker process died {crashes[key]} times (killed, or out of memory)")
             else:
                 todo.append(key)
 
     def _submit(self, function: Callable[..., Any], key: str, arguments: tuple[Any, ...]) -> Future[TaskResult]:
-        if self._pool is None:
-            saved = {name: os.environ.get(name) for name in (*THREAD_VARIABLES, "OMP_WAIT_POLICY")}
-            self._pool = ProcessPoolExecutor(self.num_processes, get_context("spawn"), initializer=_single_threaded)
-            _single_threaded()  # a spawned child reads its environment when its libraries load, before the initializer
+        with _single_threaded_children():
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(self.num_processes, get_context("spawn"))
             try:
                 return self._pool.submit(_guarded, function, key, arguments)
-            finally:
-                _restore(saved)
-        return self._pool.submit(_guarded, function, key, arguments)
+            except BrokenProcessPool as error:  # a worker died while idle: report it as one that died busy
+                failed: Future[TaskResult] = Future()
+                failed.set_exception(error)
+                return failed
 
     def _stop(self, abandon: bool) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=not abandon, cancel_futures=True)
+            self._pool.shutdown(wait=True, cancel_futures=abandon)
             self._pool = None
 
 
-def _restore(saved: Mapping[str, str | None]) -> None:
-    for name, value in saved.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+@contextmanager
+def _single_threaded_children() -> Iterator[None]:
+    """Processes started within read an environment of one thread each: their libraries look at it when they load."""
+    wanted = dict.fromkeys(THREAD_VARIABLES, "1") | {"OMP_WAIT_POLICY": "passive"}
+    saved = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

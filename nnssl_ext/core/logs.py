@@ -34,14 +34,13 @@ def configure_logging(level: int = logging.INFO, file: Path | None = None) -> No
 
 def track(iterable: Iterable[T], total: int, description: str) -> Iterator[T]:
     """Passes items through and shows a progress bar with speed and remaining time on a terminal's stderr."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*columns, *times, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
         for item in iterable:
             yield item

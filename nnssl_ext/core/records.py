@@ -11,9 +11,10 @@ import os
 import tempfile
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +48,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -131,10 +132,10 @@ def _check_names(cls: type, mapping: Mapping[str, Any], where: str) -> None:
             _check_names(fields[name], value, where)
 
 
-@lru_cache(maxsize=None)
-def _field_types(cls: type) -> dict[str, Any]:
+@cache
+def _field_types(cls: Hashable) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
@@ -181,7 +182,7 @@ class FieldDescription:
 
 
 def describe(config: Any) -> list[FieldDescription]:
-    """The settings of a dataclass instance with the texts that stand beneath its fields; nested ones with dotted names."""
+    """The settings of a dataclass instance with the texts beneath its fields; nested ones with dotted names."""
     rows: list[FieldDescription] = []
     docs, types = _field_docs(type(config)), _field_types(type(config))
     for field in dataclasses.fields(config):
@@ -195,16 +196,17 @@ def describe(config: Any) -> list[FieldDescription]:
     return rows
 
 
-@lru_cache(maxsize=None)
-def _field_docs(cls: type) -> dict[str, str]:
+@cache
+def _field_docs(cls: type[Any]) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         body = definition.body if isinstance(definition, ast.ClassDef) else []
-        for field, text in zip(body, body[1:], strict=False):
-            named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            if named and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                docs[field.target.id] = inspect.cleandoc(str(text.value.value))  # type: ignore[union-attr]
+        for field, text in pairwise(body):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                docs[field.target.id] = inspect.cleandoc(str(text.value.value))
     return docs

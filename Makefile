@@ -1,0 +1,33 @@
+# Every target sets up what it needs in a virtual environment of the project's own.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean
+
+$(READY): setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+# nnssl_demo on a phantom dataset; DEMO passes options, such as DEMO="--folds 0"
+demo: $(READY)
+	$(BIN)/nnssl_demo $(DEMO)
+
+# the CPU suite; TESTS passes options, such as TESTS="tests/planners -x"
+test: $(READY)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
