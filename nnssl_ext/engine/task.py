@@ -1,0 +1,225 @@
+"""The two ideas the engine runs on: a task is a self-supervised objective, a trainer is a task plus a recipe.
+
+To add a method, write one file in `nnssl_ext/trainers` with a config, a task and a trainer; `trainers/mae.py` is the
+shortest example. The engine knows nothing but what stands here.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.core.records import apply_overrides
+from nnssl_ext.core.registry import Registry
+from nnssl_ext.engine.optim import OptimConfig
+from nnssl_ext.engine.schedules import ScheduleConfig
+from nnssl_ext.loading.loader import Batch
+from nnssl_ext.models.encoder import Encoder
+from nnssl_ext.planners.plan import Configuration
+from nnssl_ext.planners.rules import StepCost
+
+Views = dict[str, torch.Tensor]
+TrainerT = TypeVar("TrainerT", bound="PretrainTrainer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInfo:
+    """What a method is, for `nnssl_train --list`, the generated documentation and the checkpoint."""
+
+    idea: str
+    """The method in one line."""
+    paper: str
+    """Where it was published, as "arXiv:2111.06377"."""
+    encoders: AbstractSet[str]
+    """Kinds of backbone it runs on: "cnn", "vit"."""
+    trains_decoder: bool = False
+    """Whether the exported decoder was trained as well, so that fine-tuning may start from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What one forward pass of a task gives."""
+
+    loss: torch.Tensor
+    """Scalar to minimise: a mean over the samples of the batch, so that the mean over equal ranks is the whole batch's."""
+    metrics: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """Detached scalars to log by name. A metric with a known chance level has it beside it as `<name>_chance`."""
+    images: Mapping[str, torch.Tensor] | None = None
+    """Detached pictures (B, C, *patch) to log by name, such as input, masked and output."""
+
+
+class PretextTask(nn.Module, ABC):
+    """A self-supervised objective on the plan's encoder.
+
+    A step is: `views` on the device without gradient, `forward` (through DDP, so the loss is made there), the optimiser,
+    `after_step`. All randomness is drawn in `views` from the passed `SampleRandom`; dropout alone may use torch's global
+    generator, which the engine seeds every step. All state lies in parameters and buffers: teachers, queues and
+    centres are thereby saved, resumed, and placed on the device. In `eval()` mode `forward` changes no state.
+
+    `encoder` is the first module that a subclass assigns: optimisers tell it from the rest by its name.
+    """
+
+    Config: ClassVar[type]
+    """Frozen, keyword-only dataclass of the settings; its fields are documented beneath and validated."""
+    info: ClassVar[TaskInfo]
+    encoder: Encoder
+    """The backbone that is pretrained; the only part that is always exported."""
+    parent_scale: float = 1.0
+    """Edge of the crops that the loader reads, as a multiple of the patch's: above 1 for tasks that cut several views
+    from one place. A subclass may set it from its config."""
+
+    def __init__(self, config: Any, configuration: Configuration, num_cases: int) -> None:
+        """Keeps the three arguments; subclasses build their modules after it.
+
+        Args:
+            config: An instance of `Config`.
+            configuration: The plan's configuration: patch size, batch size, architecture, spacing.
+            num_cases: Cases trained on, which bounds queues and the number of prototypes.
+        """
+        super().__init__()
+        self.config = config
+        self.configuration = configuration
+        self.num_cases = num_cases
+
+    @abstractmethod
+    def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
+        """What the loss needs of a batch: augmented, masked, cropped; batched, on the batch's device.
+
+        Args:
+            batch: Crops with their validity; `valid` is False on padding, which must reach no loss and no statistic.
+            random: Draws keyed by (seed, step, sample). The engine keys validation so that every epoch sees the same.
+            train: False in validation: no augmentation, though masks are still drawn.
+
+        Returns:
+            Tensors whose first dimension is the batch, by names of the task's own choice.
+        """
+
+    @abstractmethod
+    def forward(self, views: Views) -> StepOutput:
+        """The loss of what `views` gave, with metrics and pictures."""
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called once after every optimiser step, without gradient: teachers, centres, temperature schedules.
+
+        Args:
+            step: The step just taken, from 0.
+            total: Optimiser steps of the whole run.
+        """
+        return None
+
+    def lr_scale(self, name: str) -> float:
+        """Factor on the learning rate of the parameter of that name: layer-wise decay, a slow patch embedding."""
+        return 1.0
+
+    @abstractmethod
+    def export_network(self) -> nn.Module:
+        """The full segmentation network on the CPU, in nnU-Net's own key names, holding what was learned.
+
+        Parts that the task does not train are freshly initialised, the same ones every time.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainTrainer:
+    """A task plus the recipe it is trained with. An instance is a resolved recipe, and `config.json` holds it.
+
+    A subclass names its task and cost and assigns the settings that differ, without repeating their types:
+
+        @TRAINERS.register
+        class MAETrainer(PretrainTrainer):
+            task = MAE
+            cost = StepCost(views=1, copies=1, decoder=True)
+            optim = OptimConfig(name="sgd", lr=1e-2)
+    """
+
+    task: ClassVar[type[PretextTask]]
+    cost: ClassVar[StepCost]
+    """What a step holds in memory, for the planner."""
+
+    task_config: Any = None
+    """The task's own settings; `--set` reaches them without a prefix."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
+    num_epochs: int = 1000
+    """Epochs of the run, 1 or more."""
+    steps_per_epoch: int = 250
+    """Optimiser steps of an epoch, 1 or more. nnU-Net's number."""
+    val_steps_per_epoch: int = 50
+    """Validation batches at the end of an epoch, 1 or more. nnU-Net's number."""
+    accumulate: int = 1
+    """Batches whose gradients are added up for one optimiser step, 1 or more."""
+    val_fraction: float = 0.1
+    """Share of the patients held out for validation, in (0, 1)."""
+    min_foreground: float = 0.5
+    """Share of a training crop that should be foreground, in [0, 1]; degrades gracefully on small or sparse cases."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes the subclass a dataclass whose plain assignments are the fields' new defaults."""
+        super().__init_subclass__(**kwargs)
+        annotations = dict(cls.__dict__.get("__annotations__", {}))
+        for field in dataclasses.fields(PretrainTrainer):
+            if field.name in cls.__dict__:
+                annotations.setdefault(field.name, field.type)
+        if "task_config" not in cls.__dict__:
+            cls.task_config = cls.task.Config()
+        annotations["task_config"] = cls.task.Config
+        cls.__annotations__ = annotations
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "steps_per_epoch", "val_steps_per_epoch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(
+                f"val_fraction={self.val_fraction} must lie in (0, 1): validation needs held-out patients."
+            )
+        if not 0 <= self.min_foreground <= 1:
+            raise ValueError(f"min_foreground={self.min_foreground} must lie in [0, 1].")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.num_epochs * self.steps_per_epoch
+
+    def build_task(self, configuration: Configuration, num_cases: int) -> PretextTask:
+        """The task on the plan's backbone, initialised from torch's global generator.
+
+        Raises:
+            ValueError: Where the task does not run on that backbone or patch size.
+        """
+        return self.task(self.task_config, configuration, num_cases)
+
+    @classmethod
+    def configured(cls: type[TrainerT], overrides: Sequence[str] = ()) -> TrainerT:
+        """The recipe with `name=value` settings applied, as `--set` takes them.
+
+        A name is a field of the recipe (`num_epochs`, `optim.lr`) or of the task's config (`mask_ratio`).
+
+        Raises:
+            ValueError: If a name is unknown or a value does not fit; the message lists the valid names.
+        """
+        own = {field.name for field in dataclasses.fields(cls)} - {"task_config"}
+        of_task = {field.name for field in dataclasses.fields(cls.task.Config)}
+        paths = []
+        for override in overrides:
+            name = override.split("=")[0].strip().split(".")[0]
+            if "=" in override and name not in own | of_task:
+                raise ValueError(
+                    f"{cls.__name__} has no setting {name!r}. Valid: {', '.join(sorted(of_task))} (task); "
+                    f"{', '.join(sorted(own))} (recipe). See nnssl_train -tr {cls.__name__} --describe."
+                )
+            paths.append(f"task_config.{override}" if name in of_task else override)
+        return apply_overrides(cls(), paths)
+
+
+TRAINERS: Registry[type[PretrainTrainer]] = Registry("trainer", "nnssl_ext.trainers")
+"""Every trainer by name. The modules of `nnssl_ext.trainers` are imported when a name is first asked for."""
