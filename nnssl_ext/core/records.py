@@ -11,7 +11,7 @@ import os
 import tempfile
 import textwrap
 import typing
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -132,10 +132,9 @@ def _check_names(cls: type, mapping: Mapping[str, Any], where: str) -> None:
             _check_names(fields[name], value, where)
 
 
-@cache
-def _field_types(cls: Hashable) -> dict[str, Any]:
+def _field_types(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def apply_overrides(config: T, overrides: Sequence[str]) -> T:
@@ -196,7 +195,6 @@ def describe(config: Any) -> list[FieldDescription]:
     return rows
 
 
-@cache
 def _field_docs(cls: type[Any]) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
