@@ -1,0 +1,186 @@
+"""From scores of single cases to means, intervals and paired comparisons; pure functions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nnssl_ext.core.random import generator
+from nnssl_ext.evaluation import convergence, statistics
+from nnssl_ext.evaluation.metrics import HIGHER_IS_BETTER, METRICS
+from nnssl_ext.evaluation.records import (
+    MEAN_CLASS,
+    CaseScores,
+    Comparison,
+    Convergence,
+    NumTrain,
+    Run,
+    Summary,
+)
+
+BOOTSTRAP_SEED = 20241
+"""Any fixed number: the same scores give the same intervals."""
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """One metric of one class for one arm and size: (seeds, cases), NaN where undefined."""
+
+    values: statistics.Array
+    cases: tuple[str, ...]
+    folds: tuple[int, ...]
+    """Fold in which each case was validated."""
+    seeds: tuple[int | None, ...]
+
+
+def tabulate(scores: Iterable[CaseScores], metric: str, class_name: str) -> dict[tuple[str, NumTrain], ScoreTable]:
+    """Arranges scores by arm and size.
+
+    Args:
+        scores: Scores of single cases.
+        metric: One of `METRICS`.
+        class_name: A class, or `MEAN_CLASS` for the mean over the classes that are defined in the case.
+
+    Raises:
+        ValueError: If a case was validated twice by one arm, size and seed.
+    """
+    groups: dict[tuple[str, NumTrain], list[CaseScores]] = defaultdict(list)
+    for score in scores:
+        groups[score.arm, score.num_train].append(score)
+    return {key: _table(group, metric, class_name) for key, group in groups.items()}
+
+
+def _table(group: Sequence[CaseScores], metric: str, class_name: str) -> ScoreTable:
+    fold_of = {score.case: score.fold for score in group}
+    cases = sorted(fold_of)
+    seeds = sorted({score.seed for score in group}, key=lambda seed: -1 if seed is None else seed)
+    values = np.full((len(seeds), len(cases)), np.nan)
+    seen: set[tuple[int | None, str]] = set()
+    for score in group:
+        if (score.seed, score.case) in seen:
+            raise ValueError(f"case {score.case} was validated more than once by {score.arm} (seed {score.seed})")
+        seen.add((score.seed, score.case))
+        values[seeds.index(score.seed), cases.index(score.case)] = _value(score, metric, class_name)
+    return ScoreTable(values, tuple(cases), tuple(fold_of[case] for case in cases), tuple(seeds))
+
+
+def _value(score: CaseScores, metric: str, class_name: str) -> float:
+    names = list(score.classes) if class_name == MEAN_CLASS else [class_name]
+    found = [value for name in names if (value := score.classes[name].metric(metric)) is not None]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def class_names(classes: Mapping[str, Sequence[int]]) -> list[str]:
+    """What is reported on: the mean first, then each class; with a single class only that mean."""
+    return [MEAN_CLASS] if len(classes) == 1 else [MEAN_CLASS, *classes]
+
+
+def summarise(scores: Sequence[CaseScores], names: Sequence[str]) -> list[Summary]:
+    """Means with bootstrap intervals, per arm, size, metric and class."""
+    rows = []
+    for metric in METRICS:
+        for name in names:
+            for (arm, size), table in tabulate(scores, metric, name).items():
+                rows.append(_summary(arm, size, metric, name, table))
+    return rows
+
+
+def _summary(arm: str, size: NumTrain, metric: str, name: str, table: ScoreTable) -> Summary:
+    per_case = statistics.mean_over_seeds(table.values)
+    known = per_case[np.isfinite(per_case)]
+    folds = np.array(table.folds)
+    per_seed = {seed: row[np.isfinite(row)] for seed, row in zip(table.seeds, table.values, strict=True)}
+    return Summary(
+        arm=arm,
+        num_train=size,
+        metric=metric,
+        class_name=name,
+        mean=float(known.mean()) if len(known) else None,
+        interval=statistics.bootstrap_interval(table.values, generator(BOOTSTRAP_SEED, "mean", metric, name)),
+        num_cases=len(known),
+        num_seeds=len(table.seeds),
+        fold_means=_means_of({int(f): _finite(per_case[folds == f]) for f in np.unique(folds)}),
+        seed_means=_means_of({seed: row for seed, row in per_seed.items() if seed is not None}),
+    )
+
+
+def _finite(values: statistics.Array) -> statistics.Array:
+    return values[np.isfinite(values)]
+
+
+def _means_of(groups: Mapping[int, statistics.Array]) -> dict[int, float]:
+    return {key: float(values.mean()) for key, values in groups.items() if len(values)}
+
+
+def compare(scores: Sequence[CaseScores], reference: str, names: Sequence[str]) -> list[Comparison]:
+    """Every arm against the reference, paired per case, with Holm's correction.
+
+    There are two families of tests for each metric: the mean over classes (arms x sizes), on which the verdict stands,
+    and the single classes (arms x sizes x classes).
+
+    Raises:
+        ValueError: If an arm and the reference were not validated on the same cases.
+    """
+    rows: list[Comparison] = []
+    for metric in METRICS:
+        for family in ([MEAN_CLASS], [name for name in names if name != MEAN_CLASS]):
+            rows += _correct([row for name in family for row in _comparisons(scores, reference, metric, name)])
+    return rows
+
+
+def _comparisons(scores: Sequence[CaseScores], reference: str, metric: str, name: str) -> list[Comparison]:
+    tables = tabulate(scores, metric, name)
+    rows = []
+    for (arm, size), table in tables.items():
+        if arm == reference or (reference, size) not in tables:
+            continue
+        base = tables[reference, size]
+        if table.cases != base.cases:
+            odd = sorted(set(table.cases) ^ set(base.cases))
+            raise ValueError(
+                f"{arm} and {reference} were not validated on the same cases with {size} training cases "
+                f"({len(odd)} differ, for example {odd[0]}), so they cannot be paired"
+            )
+        rows.append(_comparison(arm, size, metric, name, statistics.paired_differences(table.values, base.values)))
+    return rows
+
+
+def _comparison(arm: str, size: NumTrain, metric: str, name: str, differences: statistics.Array) -> Comparison:
+    per_case = _finite(statistics.mean_over_seeds(differences))
+    gains = per_case if HIGHER_IS_BETTER[metric] else -per_case
+    return Comparison(
+        arm=arm,
+        num_train=size,
+        metric=metric,
+        class_name=name,
+        difference=float(per_case.mean()) if len(per_case) else None,
+        interval=statistics.bootstrap_interval(differences, generator(BOOTSTRAP_SEED, "difference", metric, name)),
+        p_value=statistics.wilcoxon(per_case),
+        p_holm=None,
+        num_pairs=len(per_case),
+        num_better=int((gains > 0).sum()),
+        num_worse=int((gains < 0).sum()),
+        undecidable_below=statistics.undecidable_below(differences),
+    )
+
+
+def _correct(rows: Sequence[Comparison]) -> list[Comparison]:
+    adjusted = statistics.holm([row.p_value for row in rows])
+    return [replace(row, p_holm=p) for row, p in zip(rows, adjusted, strict=True)]
+
+
+def judge_convergence(runs: Sequence[Run]) -> list[Convergence]:
+    """The still-rising rule on the mean curve of each arm and size."""
+    groups: dict[tuple[str, NumTrain], list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.arm, run.num_train].append(run)
+    rows = []
+    for (arm, size), group in groups.items():
+        dice = convergence.mean_curve([run.curve.dice for run in group])
+        loss = convergence.mean_curve([run.curve.val_loss for run in group])
+        trend = convergence.judge(dice, loss)
+        rows.append(Convergence(arm=arm, num_train=size, trend=trend, num_runs=len(group)))
+    return rows

@@ -1,0 +1,173 @@
+"""Did pretraining help, by how much, and how sure is that: numbers turned into sentences, by rules that are written down.
+
+An arm *helped* (or *hurt*) at a training set size when the two-level bootstrap interval of the mean Dice difference
+excludes zero and the Holm-corrected Wilcoxon test over cases is under `SIGNIFICANCE`; else the matter is *undecided*. Where
+the comparison is *unfair* (the reference learned next to nothing, or was still rising), a gain is not called one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nnssl_ext.evaluation import statistics
+from nnssl_ext.evaluation.convergence import NEAR_ZERO_DICE
+from nnssl_ext.evaluation.records import (
+    MEAN_CLASS,
+    Arm,
+    Comparison,
+    Convergence,
+    NumTrain,
+    Outcome,
+    SizeVerdict,
+    Summary,
+    Verdict,
+)
+
+SIGNIFICANCE = 0.05
+HEADLINE_METRIC = "dice"
+TYPICAL_SEED_SPREAD = 0.02
+"""Standard deviation of a mean Dice over seeds seen in small trials (METHODS.md section G); used with one seed only."""
+_SMALLEST_P = 0.001
+
+Key = tuple[str, NumTrain]
+
+
+def decide(
+    arms: Sequence[Arm],
+    summaries: Sequence[Summary],
+    comparisons: Sequence[Comparison],
+    trends: Sequence[Convergence],
+    num_seeds: int,
+) -> list[Verdict]:
+    """One verdict per arm that is compared with the reference."""
+    reference = next(arm for arm in arms if arm.role == "reference")
+    means = {(s.arm, s.num_train): s for s in summaries if (s.metric, s.class_name) == (HEADLINE_METRIC, MEAN_CLASS)}
+    rising = {(c.arm, c.num_train) for c in trends if c.trend.state == "rising"}
+    headline = [c for c in comparisons if (c.metric, c.class_name) == (HEADLINE_METRIC, MEAN_CLASS)]
+    verdicts = []
+    for arm in arms:
+        rows = [row for row in headline if row.arm == arm.name]
+        if rows:
+            sizes = tuple(_judge_size(arm, reference, row, means, rising) for row in rows)
+            verdicts.append(_judge_arm(arm, reference, sizes, rows, num_seeds))
+    return verdicts
+
+
+def _judge_size(arm: Arm, reference: Arm, row: Comparison, means: dict[Key, Summary], rising: set[Key]) -> SizeVerdict:
+    base, own = means[reference.name, row.num_train].mean, means[arm.name, row.num_train].mean
+    if row.difference is None or base is None or own is None:
+        text = f"With {size_text(row.num_train)}: no case could be scored in both arms."
+        return SizeVerdict(num_train=row.num_train, outcome="undecided", sentence=text)
+    outcome = _outcome(row)
+    numbers = (
+        f"With {size_text(row.num_train)} {arm.label} reached a mean Dice of {own:.3f} against {base:.3f} for "
+        f"{reference.label}: {row.difference:+.3f}{_interval_text(row)}, {_p_text(row.p_holm)}, "
+        f"{row.num_pairs} paired cases ({row.num_better} better, {row.num_worse} worse)."
+    )
+    reason = _unfair(reference, base, (reference.name, row.num_train) in rising)
+    if reason and outcome == "helped":
+        return SizeVerdict(num_train=row.num_train, outcome="unfair", sentence=f"{numbers} {reason}")
+    tail = "" if outcome != "undecided" else " That is not enough to call it a difference."
+    note = f" {reason}" if reason else ""
+    return SizeVerdict(num_train=row.num_train, outcome=outcome, sentence=f"{numbers}{tail}{note}")
+
+
+def _outcome(row: Comparison) -> Outcome:
+    significant = row.p_holm is not None and row.p_holm < SIGNIFICANCE
+    if not significant or row.interval is None or not row.interval.excludes_zero():
+        return "undecided"
+    return "helped" if row.interval.low > 0 else "hurt"
+
+
+def _unfair(reference: Arm, mean: float, rising: bool) -> str:
+    if mean < NEAR_ZERO_DICE:
+        return (
+            f"{_capital(reference.label)} learned next to nothing there (Dice under {NEAR_ZERO_DICE}), "
+            "so the difference compares nothing with something: train longer, or check its learning rate."
+        )
+    if rising:
+        return (
+            f"{_capital(reference.label)} was still rising when it stopped, "
+            "so the difference may be speed of training rather than its end: train longer."
+        )
+    return ""
+
+
+def _judge_arm(
+    arm: Arm, reference: Arm, sizes: Sequence[SizeVerdict], rows: Sequence[Comparison], num_seeds: int
+) -> Verdict:
+    outcomes: dict[Outcome, list[Comparison]] = {}
+    for size, row in zip(sizes, rows, strict=True):
+        outcomes.setdefault(size.outcome, []).append(row)
+    parts = [_clause(outcome, outcomes[outcome]) for outcome in _ORDER if outcome in outcomes]
+    subject = "Pretraining" if arm.pretrained and not reference.pretrained else _capital(arm.label)
+    overall = next(outcome for outcome in _ORDER if outcome in outcomes)
+    return Verdict(
+        arm=arm.name,
+        outcome=overall,
+        headline=f"{subject} {'; '.join(parts)}.",
+        sizes=tuple(sizes),
+        certainty=certainty(rows, num_seeds),
+    )
+
+
+_ORDER: tuple[Outcome, ...] = ("unfair", "helped", "hurt", "undecided")
+
+
+def _clause(outcome: Outcome, rows: Sequence[Comparison]) -> str:
+    sizes = " and ".join(
+        f"{_size_number(row.num_train)} ({row.difference:+.3f} Dice)"
+        if row.difference is not None
+        else str(row.num_train)
+        for row in rows
+    )
+    return {
+        "helped": f"helped with {sizes} training cases",
+        "hurt": f"hurt with {sizes} training cases",
+        "undecided": f"made no difference that this evaluation can show with {sizes} training cases",
+        "unfair": f"looks better with {sizes} training cases, but the baseline had not finished learning",
+    }[outcome]
+
+
+def certainty(rows: Sequence[Comparison], num_seeds: int) -> str:
+    """What stands behind the verdict, and what the seeds cannot decide."""
+    if num_seeds == 1:
+        return (
+            "One seed stands behind this. The tests then speak about these trained networks, not about the method: another "
+            f"seed alone can move a mean Dice by about {TYPICAL_SEED_SPREAD} on small data, so differences under about "
+            f"{2 * TYPICAL_SEED_SPREAD} should not be believed. Give --seeds 0 1 2 or more."
+        )
+    limits = [
+        f"{row.undecidable_below:.3f} with {size_text(row.num_train)}"
+        for row in rows
+        if row.undecidable_below is not None
+    ]
+    floor = statistics.sign_test_floor(num_seeds)
+    return (
+        f"{num_seeds} seeds stand behind this. The Wilcoxon test over cases speaks about these trained networks; the interval "
+        f"resamples seeds as well as cases. What {num_seeds} seeds cannot decide: Dice differences under {', '.join(limits)}; "
+        f"and a sign test over {num_seeds} seeds cannot give a p under {floor:g} even if every seed agrees."
+    )
+
+
+def size_text(num_train: NumTrain) -> str:
+    """`5 training cases` or `all training cases`."""
+    return f"{num_train} training case{'' if num_train == 1 else 's'}"
+
+
+def _size_number(num_train: NumTrain) -> str:
+    return str(num_train)
+
+
+def _interval_text(row: Comparison) -> str:
+    return f" (95% interval {row.interval.low:+.3f} to {row.interval.high:+.3f})" if row.interval else ""
+
+
+def _p_text(p: float | None) -> str:
+    if p is None:
+        return "no test possible"
+    return f"corrected p < {_SMALLEST_P}" if p < _SMALLEST_P else f"corrected p = {p:.3f}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
