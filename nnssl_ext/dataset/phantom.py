@@ -1,6 +1,6 @@
 """A made-up MR-like dataset with labels, for demonstrations and tests: deformed organs, bias field, noise.
 
-Every case shows one body with three labelled structures (two nuclei of different contrast and a bent rod) and unlabelled
+Every case shows one body with three labelled structures (a nucleus, a ventricle, a bent rod) and unlabelled
 distractors of the same intensities, so that a threshold cannot segment it.
 """
 
