@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from nnssl_ext.core.executor import MAX_CRASHES, TaskResult, _guarded
+from nnssl_ext.core.executor import TaskResult, guarded
 
 CLUSTERS = {"slurm": "SLURMCluster", "lsf": "LSFCluster", "pbs": "PBSCluster"}
 
@@ -32,22 +32,20 @@ class DaskExecutor:
                 'running on a cluster needs Dask, which is not installed: pip install "nnssl_ext[cluster]"'
             ) from error
         self._cluster = None if cluster is None else _start_cluster(cluster, num_jobs)
-        self._client = Client(scheduler or self._cluster, set_as_default=False)
+        self._client = Client(scheduler or self._cluster)
 
     def run(self, function: Callable[..., Any], tasks: Mapping[str, tuple[Any, ...]]) -> Iterator[TaskResult]:
-        """See `Executor.run`. Dask itself reruns the tasks of a dead worker, a bounded number of times."""
+        """See `Executor.run`. Dask itself reruns the tasks of a dead worker, as often as its own settings say."""
         from distributed import as_completed
 
         futures = {
-            self._client.submit(_guarded, function, key, arguments, pure=False, retries=MAX_CRASHES): key
-            for key, arguments in tasks.items()
+            self._client.submit(guarded, function, key, arguments, pure=False): key for key, arguments in tasks.items()
         }
         for future in as_completed(list(futures)):
             if future.status == "finished":
                 yield future.result()
             else:
                 yield TaskResult(futures[future], error=f"{type(future.exception()).__name__}: {future.exception()}")
-            del futures[future]
 
     def __enter__(self) -> Self:
         return self

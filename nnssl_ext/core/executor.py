@@ -67,7 +67,8 @@ def make_executor(num_processes: int, scheduler: str | None = None, cluster: str
     return LocalExecutor(num_processes) if num_processes else InlineExecutor()
 
 
-def _guarded(function: Callable[..., Any], key: str, arguments: tuple[Any, ...]) -> TaskResult:
+def guarded(function: Callable[..., Any], key: str, arguments: tuple[Any, ...]) -> TaskResult:
+    """Calls a function and turns an exception into a result, with its trace unless data or disk explain it."""
     try:
         return TaskResult(key, function(*arguments))
     except Exception as error:  # noqa: BLE001 - a task's failure is its result; the caller decides what it means
@@ -82,7 +83,7 @@ class InlineExecutor:
     def run(self, function: Callable[..., Any], tasks: Mapping[str, tuple[Any, ...]]) -> Iterator[TaskResult]:
         """See `Executor.run`."""
         for key, arguments in tasks.items():
-            yield _guarded(function, key, arguments)
+            yield guarded(function, key, arguments)
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +144,7 @@ class LocalExecutor:
             if self._pool is None:
                 self._pool = ProcessPoolExecutor(self.num_processes, get_context("spawn"))
             try:
-                return self._pool.submit(_guarded, function, key, arguments)
+                return self._pool.submit(guarded, function, key, arguments)
             except BrokenProcessPool as error:  # a worker died while idle: report it as one that died busy
                 failed: Future[TaskResult] = Future()
                 failed.set_exception(error)
