@@ -5,10 +5,11 @@ shortest example. The engine knows nothing but what stands here.
 """
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from nnssl_ext.core.records import apply_overrides
 from nnssl_ext.core.registry import Registry
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
-from nnssl_ext.loading.loader import Batch
+from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -47,8 +48,8 @@ class StepOutput:
     """What one forward pass of a task gives."""
 
     loss: torch.Tensor
-    """Scalar to minimise: a mean over the samples of the batch, so that the mean over equal ranks is the whole batch's."""
-    metrics: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    """Scalar to minimise: a mean over samples, so that the mean over ranks of equal batches is that of the whole."""
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Detached scalars to log by name. A metric with a known chance level has it beside it as `<name>_chance`."""
     images: Mapping[str, torch.Tensor] | None = None
     """Detached pictures (B, C, *patch) to log by name, such as input, masked and output."""
@@ -57,10 +58,10 @@ class StepOutput:
 class PretextTask(nn.Module, ABC):
     """A self-supervised objective on the plan's encoder.
 
-    A step is: `views` on the device without gradient, `forward` (through DDP, so the loss is made there), the optimiser,
-    `after_step`. All randomness is drawn in `views` from the passed `SampleRandom`; dropout alone may use torch's global
-    generator, which the engine seeds every step. All state lies in parameters and buffers: teachers, queues and
-    centres are thereby saved, resumed, and placed on the device. In `eval()` mode `forward` changes no state.
+    A step is: `views` on the device without gradient, `forward` (through DDP, so the loss is made there), the
+    optimiser, `after_step`. All randomness is drawn in `views` from the passed `SampleRandom`; dropout alone may use
+    torch's global generator, which the engine seeds every step. All state lies in parameters and buffers, so teachers,
+    queues and centres are saved, resumed, and placed on the device. In `eval()` mode `forward` changes no state.
 
     `encoder` is the first module that a subclass assigns: optimisers tell it from the rest by its name.
     """
@@ -111,7 +112,6 @@ class PretextTask(nn.Module, ABC):
             step: The step just taken, from 0.
             total: Optimiser steps of the whole run.
         """
-        return None
 
     def lr_scale(self, name: str) -> float:
         """Factor on the learning rate of the parameter of that name: layer-wise decay, a slow patch embedding."""
@@ -119,9 +119,9 @@ class PretextTask(nn.Module, ABC):
 
     @abstractmethod
     def export_network(self) -> nn.Module:
-        """The full segmentation network on the CPU, in nnU-Net's own key names, holding what was learned.
+        """The full segmentation network in nnU-Net's own key names, holding what was learned.
 
-        Parts that the task does not train are freshly initialised, the same ones every time.
+        What the task trains shares its memory; the rest is freshly initialised, the same every time.
         """
 
 
@@ -144,9 +144,9 @@ class PretrainTrainer:
 
     task_config: Any = None
     """The task's own settings; `--set` reaches them without a prefix."""
-    optim: OptimConfig = OptimConfig()
+    optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser."""
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate over the run."""
     num_epochs: int = 1000
     """Epochs of the run, 1 or more."""
@@ -164,10 +164,10 @@ class PretrainTrainer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Makes the subclass a dataclass whose plain assignments are the fields' new defaults."""
         super().__init_subclass__(**kwargs)
-        annotations = dict(cls.__dict__.get("__annotations__", {}))
-        for field in dataclasses.fields(PretrainTrainer):
-            if field.name in cls.__dict__:
-                annotations.setdefault(field.name, field.type)
+        annotations = inspect.get_annotations(cls)
+        for inherited in dataclasses.fields(PretrainTrainer):
+            if inherited.name in cls.__dict__:
+                annotations.setdefault(inherited.name, inherited.type)
         if "task_config" not in cls.__dict__:
             cls.task_config = cls.task.Config()
         annotations["task_config"] = cls.task.Config
@@ -207,8 +207,8 @@ class PretrainTrainer:
         Raises:
             ValueError: If a name is unknown or a value does not fit; the message lists the valid names.
         """
-        own = {field.name for field in dataclasses.fields(cls)} - {"task_config"}
-        of_task = {field.name for field in dataclasses.fields(cls.task.Config)}
+        own = {setting.name for setting in dataclasses.fields(cls)} - {"task_config"}
+        of_task = {setting.name for setting in dataclasses.fields(cls.task.Config)}
         paths = []
         for override in overrides:
             name = override.split("=")[0].strip().split(".")[0]

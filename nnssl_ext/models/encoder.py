@@ -17,7 +17,7 @@ class Encoder(nn.Module, ABC):
         strides: Voxels of the input per position of each map, one tuple (z, y, x) (2D: (y, x)) per map.
         stem_key: Where the part that depends on the number of input channels lies in the exported network.
         stages_key: Where the rest of the encoder lies in the exported network.
-        in_proj_keys: Layers of the exported network whose weights depend on the number of input channels, all their names.
+        in_proj_keys: The exported network's layers whose weights depend on the number of input channels, by every name.
         position_key: The learned position embedding in the exported network, None where there is none.
     """
 
@@ -49,5 +49,9 @@ class Encoder(nn.Module, ABC):
         return self.feature_maps(x)
 
     @abstractmethod
-    def exported_state(self) -> dict[str, torch.Tensor]:
-        """The weights under the names that the exported network's own encoder gives them, every alias included."""
+    def hand_over(self, network: nn.Module) -> None:
+        """Makes this encoder's weights those of an exported network, sharing their memory.
+
+        Args:
+            network: A segmentation network of the same architecture, as nnU-Net builds it.
+        """
