@@ -1,0 +1,1 @@
+"""Stage 4, data: where to crop, reading crops, and delivering them as batches."""

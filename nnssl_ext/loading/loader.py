@@ -1,0 +1,192 @@
+"""Delivers the crops of any range of training steps: the same ones for any number of workers, and after any restart."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from typing_extensions import Self
+
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.loading.patches import BatchRequest, read_batch
+from nnssl_ext.loading.sampler import case_of
+from nnssl_ext.loading.workers import WorkerPool
+from nnssl_ext.preprocessing.store import Store
+
+__all__ = ["Batch", "LoaderStatistics", "PatchLoader"]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoaderStatistics:
+    """What the crops delivered so far were like."""
+
+    num_crops: int = 0
+    """Crops delivered."""
+    num_degraded: int = 0
+    """Crops with less foreground than asked for, because their case has no better place."""
+    num_padded: int = 0
+    """Crops that leave their volume, because it is smaller than the crop."""
+    mean_foreground: float = 0.0
+    """Mean share of foreground, in [0, 1]."""
+
+
+class PatchLoader:
+    """Reads random crops of a store's cases.
+
+    A crop is a function of the seed and its global sample index alone. Sample indices count through all ranks and
+    accumulated batches of a step, so two ranks together see what one rank with twice the batch size sees. Use it as a
+    context manager, or `close` it, to stop the workers.
+
+    Args:
+        store: Preprocessed cases.
+        case_ids: The cases to draw from; each is shown once before any is shown twice.
+        patch_size: Voxels per axis, 3 entries or 2 (then a crop is a patch of a random slice).
+        batch_size: Crops of one batch on this rank.
+        seed: Decides every crop.
+        num_workers: Processes that read ahead; 0 reads when asked, in this process.
+        min_foreground: Wanted share of foreground in a crop, in [0, 1].
+        rank: This process among `world_size`.
+        world_size: Number of training processes.
+        accumulate: Batches of one step.
+        parent_scale: Edge of the crops as a multiple of the patch, 1 or more: room for views to be cut from.
+
+    Raises:
+        ValueError: If an argument is out of range, a case is not in the store, or cases differ in their channels.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        case_ids: Sequence[str],
+        patch_size: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int,
+        num_workers: int = 0,
+        min_foreground: float = 0.5,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        parent_scale: float = 1.0,
+    ) -> None:
+        _check_numbers(patch_size, batch_size, num_workers, min_foreground, rank, world_size, accumulate, parent_scale)
+        _check_cases(store, case_ids)
+        self.store, self.case_ids = store, tuple(case_ids)
+        self.crop_size = tuple(math.ceil(edge * parent_scale) for edge in patch_size)
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.min_foreground = seed, min_foreground
+        self.wait_seconds = 0.0
+        """Time that the caller has waited for batches so far."""
+        self._statistics = LoaderStatistics()
+        self._pool = WorkerPool(num_workers) if num_workers else None
+
+    def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
+        """The batches of the optimiser steps from `start_step` up to, not including, `end_step`.
+
+        Yields:
+            `accumulate` batches a step, in order.
+
+        Raises:
+            ValueError: If a file cannot be read; the message names it.
+            RuntimeError: If a worker died; the message names the files it was reading.
+        """
+        numbers = range(start_step * self.accumulate, end_step * self.accumulate)
+        requests = (self._request(number) for number in numbers)
+        batches = self._pool.read(requests) if self._pool else map(read_batch, requests)
+        before = self._statistics
+        for _ in numbers:
+            started = time.perf_counter()
+            batch = next(batches)
+            self.wait_seconds += time.perf_counter() - started
+            self._count(batch)
+            yield batch
+        self._log_degraded(before)
+
+    def _request(self, number: int) -> BatchRequest:
+        first = (number * self.world_size + self.rank) * self.batch_size
+        samples = tuple(range(first, first + self.batch_size))
+        cases = tuple(self.case_ids[case_of(self.seed, sample, len(self.case_ids))] for sample in samples)
+        part = Store(self.store.folder, {case: self.store.entries[case] for case in cases})
+        return BatchRequest(part, cases, samples, self.crop_size, self.min_foreground, self.seed)
+
+    def statistics(self) -> LoaderStatistics:
+        """What the crops delivered so far were like: how often the foreground rule could not be met, and so on."""
+        return self._statistics
+
+    def _count(self, batch: Batch) -> None:
+        old, size = self._statistics, len(batch.samples)
+        num_crops = old.num_crops + size
+        padded = int((~batch.valid.flatten(1).all(dim=1)).sum())
+        self._statistics = LoaderStatistics(
+            num_crops=num_crops,
+            num_degraded=old.num_degraded + sum(share < self.min_foreground for share in batch.foreground),
+            num_padded=old.num_padded + padded,
+            mean_foreground=(old.mean_foreground * old.num_crops + sum(batch.foreground)) / num_crops,
+        )
+
+    def _log_degraded(self, before: LoaderStatistics) -> None:
+        crops = self._statistics.num_crops - before.num_crops
+        degraded = self._statistics.num_degraded - before.num_degraded
+        if degraded:
+            logger.info(
+                "%d of %d crops have less than %.0f%% foreground: their cases have no better place",
+                degraded,
+                crops,
+                100 * self.min_foreground,
+            )
+
+    def close(self) -> None:
+        """Stops the workers."""
+        if self._pool:
+            self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _check_numbers(
+    patch_size: Sequence[int],
+    batch_size: int,
+    num_workers: int,
+    min_foreground: float,
+    rank: int,
+    world_size: int,
+    accumulate: int,
+    parent_scale: float,
+) -> None:
+    if len(patch_size) not in (2, 3) or min(patch_size) < 1:
+        raise ValueError(f"patch_size={tuple(patch_size)} must have 2 or 3 entries of at least 1 voxel.")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+        ("accumulate", accumulate, 1),
+        ("parent_scale", parent_scale, 1.0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} must be {least} or more.")
+    if not 0 <= min_foreground <= 1:
+        raise ValueError(f"min_foreground={min_foreground} must lie in [0, 1].")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} must lie in [0, world_size={world_size}).")
+
+
+def _check_cases(store: Store, case_ids: Sequence[str]) -> None:
+    if not case_ids:
+        raise ValueError(f"no cases to load from {store.folder}: give at least one case id.")
+    missing = [case for case in case_ids if case not in store.entries]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(case_ids)} cases are not in {store.folder}, {missing[0]!r} for one. "
+            "Run nnssl_preprocess for this configuration."
+        )
+    channels = {store.entries[case].shape[0] for case in case_ids}
+    if len(channels) > 1:
+        raise ValueError(f"cases of {store.folder} differ in their number of channels: {sorted(channels)}.")

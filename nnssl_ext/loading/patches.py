@@ -1,0 +1,92 @@
+"""Reading crops from the store into one batch: no randomness beyond the position, no augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nnssl_ext.core.random import generator
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.loading.sampler import choose_crop
+from nnssl_ext.preprocessing.store import Store
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """Everything that decides a batch, so that any worker makes the same one of it."""
+
+    store: Store
+    """Holds the entries of the requested cases only: small enough to be sent to a worker."""
+    cases: tuple[str, ...]
+    """Case of each crop."""
+    samples: tuple[int, ...]
+    """Global sample index of each crop."""
+    crop_size: tuple[int, ...]
+    """Size of the crops, 2 or 3 entries."""
+    min_foreground: float
+    """Wanted share of foreground, in [0, 1]."""
+    seed: int
+    """Seed of the run."""
+
+
+def read_crop(
+    store: Store, case_id: str, lower: Sequence[int], size: Sequence[int]
+) -> tuple[npt.NDArray[np.floating], tuple[slice, ...]]:
+    """Reads the part of a box that lies inside the volume.
+
+    Args:
+        store: Where the case is.
+        case_id: The case.
+        lower: First voxel (z, y, x) of the box; may lie outside.
+        size: Edges (z, y, x) of the box.
+
+    Returns:
+        The voxels (C, *inside) in the stored type, and where in the box they belong.
+
+    Raises:
+        CorruptCaseError: If the file cannot be read, or holds values that are not finite.
+    """
+    shape = store.entries[case_id].shape[1:]
+    start = [max(0, low) for low in lower]
+    stop = [min(full, low + edge) for full, low, edge in zip(shape, lower, size, strict=True)]
+    voxels = store.read_crop(case_id, start, stop)
+    inside = tuple(slice(a - low, b - low) for a, b, low in zip(start, stop, lower, strict=True))
+    return voxels, inside
+
+
+def read_batch(request: BatchRequest) -> Batch:
+    """Chooses and reads one crop per sample, padded with 0 where it leaves the volume.
+
+    In 2D a crop is a patch of one slice, drawn among those that have foreground enough.
+
+    Raises:
+        CorruptCaseError: If a file cannot be read; the message names it.
+    """
+    dims = len(request.crop_size)
+    size = (1,) * (3 - dims) + tuple(request.crop_size)
+    entries = [request.store.entries[case] for case in request.cases]
+    data = torch.zeros(len(entries), entries[0].shape[0], *size)
+    valid = torch.zeros(len(entries), 1, *size, dtype=torch.bool)
+    crops = []
+    for row, (entry, sample) in enumerate(zip(entries, request.samples, strict=True)):
+        occupancy, cell = request.store.occupancy(entry.case_id)
+        rng = generator(request.seed, "crop", sample)
+        crop = choose_crop(entry.shape[1:], size, occupancy, cell, request.min_foreground, rng)
+        voxels, inside = read_crop(request.store, entry.case_id, crop.lower, size)
+        data[(row, slice(None), *inside)] = torch.from_numpy(voxels)
+        valid[(row, slice(None), *inside)] = True
+        crops.append(crop)
+    shape = data.shape[:2] + tuple(request.crop_size)
+    return Batch(
+        data=data.reshape(shape),
+        valid=valid.reshape(shape[0], 1, *request.crop_size),
+        cases=request.cases,
+        samples=request.samples,
+        lower=torch.tensor([crop.lower[-dims:] for crop in crops], dtype=torch.int64),
+        spacing=torch.tensor([entry.spacing[-dims:] for entry in entries], dtype=torch.float32),
+        foreground=tuple(crop.foreground for crop in crops),
+    )
