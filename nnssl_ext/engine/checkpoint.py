@@ -1,0 +1,209 @@
+"""Checkpoints: one file that resumes a run, that nnU-Net loads, and that upstream's fine-tuning tools understand.
+
+A checkpoint is a dict of plain builtins and CPU tensors, which `torch.load(weights_only=True)` reads. Its released
+form, what fine-tuning needs, has these keys:
+
+- `network_weights`: the whole segmentation network under nnU-Net's names, every alias included;
+- `citations`: what to cite when using it;
+- `nnssl_adaptation_plan`: where the parts lie and how the data was prepared, in upstream's schema;
+- `nnssl_plans`: the plans with the one configuration that was used;
+- `nnssl_pretraining`: trainer, recipe, whether the decoder was trained, number of cases;
+- `nnssl_content_hashes`: hashes of the images trained on, by which an evaluation notices that it would test on them.
+
+While a run can go on, `resume` holds the rest. No paths and no case names are in it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnssl_ext.core.records import atomic_path, to_dict
+from nnssl_ext.engine.task import PretextTask, PretrainTrainer
+from nnssl_ext.models.encoder import Encoder
+from nnssl_ext.planners.architecture import Topology, resenc_architecture
+from nnssl_ext.planners.plan import Configuration, Plan
+
+RELEASED_KEYS = (
+    "network_weights",
+    "citations",
+    "nnssl_adaptation_plan",
+    "nnssl_plans",
+    "nnssl_pretraining",
+    "nnssl_content_hashes",
+)
+CITATIONS = (
+    {"type": "Framework", "name": "nnU-Net", "paper": "doi:10.1038/s41592-020-01008-z"},
+    {"type": "Architecture", "name": "Residual encoder U-Net", "paper": "arXiv:2404.09556"},
+    {"type": "Framework", "name": "nnssl, the checkpoint's format", "paper": "arXiv:2412.17041"},
+)
+
+
+def build_checkpoint(
+    task: PretextTask,
+    trainer: PretrainTrainer,
+    plan: Plan,
+    *,
+    content_hashes: Sequence[str],
+    resume: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The checkpoint of a task, ready for `save_checkpoint`.
+
+    Args:
+        task: The trained task.
+        trainer: The recipe it was trained with.
+        plan: The plans it was built from.
+        content_hashes: Hashes of the images trained on.
+        resume: What continuing needs (states of task, optimiser and so on); None gives the released form.
+
+    Returns:
+        A dict that still shares memory with the task.
+    """
+    configuration = task.configuration
+    checkpoint = {
+        "network_weights": task.export_network().state_dict(),
+        "citations": citations(trainer),
+        "nnssl_adaptation_plan": adaptation_plan(plan, configuration, task.encoder),
+        "nnssl_plans": {**plan.raw, "configurations": {configuration.name: _own_settings(configuration)}},
+        "nnssl_pretraining": {
+            "trainer": type(trainer).__name__,
+            "recipe": to_dict(trainer),
+            "trains_decoder": task.info.trains_decoder,
+            "num_cases": task.num_cases,
+        },
+        "nnssl_content_hashes": sorted(content_hashes),
+    }
+    return checkpoint if resume is None else {**checkpoint, "resume": dict(resume)}
+
+
+def released(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a checkpoint that is worth giving away: without what only resuming needs."""
+    return {key: checkpoint[key] for key in RELEASED_KEYS}
+
+
+def citations(trainer: PretrainTrainer) -> list[dict[str, str]]:
+    """What to cite when using weights of this trainer: type, name and paper of each."""
+    method = {"type": "Pretraining Method", "name": type(trainer).__name__, "paper": trainer.task.info.paper}
+    return [method, *(dict(entry) for entry in CITATIONS)]
+
+
+def adaptation_plan(plan: Plan, configuration: Configuration, encoder: Encoder) -> dict[str, Any]:
+    """How to adapt the weights to another dataset, in the schema that upstream's fine-tuning tools read.
+
+    Args:
+        plan: The plans.
+        configuration: The only configuration that is written.
+        encoder: Knows where its parts lie in the exported network.
+    """
+    return {
+        "architecture_plans": _architecture_plans(configuration.architecture),
+        "pretrain_plan": {
+            "dataset_name": plan.dataset_name,
+            "plans_name": plan.plans_name,
+            "original_median_spacing_after_transp": plan.raw.get("original_median_spacing_after_transp", []),
+            "image_reader_writer": plan.image_reader_writer,
+            "transpose_forward": list(configuration.transpose_forward),
+            "transpose_backward": list(configuration.transpose_backward),
+            "experiment_planner_used": plan.raw.get("experiment_planner_used", ""),
+            "configurations": {configuration.name: _upstream_configuration(plan, configuration)},
+        },
+        "pretrain_num_input_channels": configuration.num_input_channels,
+        "recommended_downstream_patchsize": list(configuration.patch_size),
+        "key_to_encoder": encoder.stages_key,
+        "key_to_stem": encoder.stem_key,
+        "keys_to_in_proj": list(encoder.in_proj_keys),
+        "key_to_lpe": encoder.position_key,
+    }
+
+
+def resenc_l() -> dict[str, Any]:
+    """What upstream means by `ResEncL`, as nnU-Net's `architecture` block."""
+    strides = ((1, 1, 1), *((2, 2, 2),) * 5)
+    topology = Topology(patch_size=(160,) * 3, strides=strides, kernel_sizes=((3, 3, 3),) * 6, divisor=(32,) * 3)
+    return resenc_architecture(topology, base_features=32, max_features=320, blocks=(1, 3, 4, 6, 6, 6))
+
+
+def _architecture_plans(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    if architecture == resenc_l():
+        return {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
+    return {
+        "arch_class_name": architecture["network_class_name"],
+        "arch_kwargs": architecture["arch_kwargs"],
+        "arch_kwargs_requiring_import": architecture["_kw_requires_import"],
+    }
+
+
+def _upstream_configuration(plan: Plan, configuration: Configuration) -> dict[str, Any]:
+    rule = plan.raw.get("nnssl_planning", {}).get("spacing_rule", "")
+    return {
+        "data_identifier": configuration.data_identifier,
+        "preprocessor_name": configuration.raw["preprocessor_name"],
+        "spacing_style": rule if isinstance(rule, str) else "fixed",
+        "normalization_schemes": list(configuration.normalization_schemes),
+        "use_mask_for_norm": list(configuration.use_mask_for_norm),
+        "resampling_fn_data": configuration.resampling_fn_data,
+        "resampling_fn_data_kwargs": configuration.resampling_fn_data_kwargs,
+        "resampling_fn_mask": configuration.resampling_fn_seg,
+        "resampling_fn_mask_kwargs": configuration.resampling_fn_seg_kwargs,
+        "spacing": list(configuration.spacing),
+        "patch_size": list(configuration.patch_size),
+    }
+
+
+def _own_settings(configuration: Configuration) -> dict[str, Any]:
+    return {key: value for key, value in configuration.raw.items() if key != "inherits_from"}
+
+
+def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Writes a checkpoint whole or not at all; what stood there before stays until the new file is on the disk.
+
+    Tensors are copied to the CPU, those that share memory once: a network in which several names mean one weight takes
+    the size of its weights.
+
+    Raises:
+        ValueError: If something in it is neither a builtin nor a tensor, so that it would not load again.
+    """
+    plain = _plain(checkpoint, "checkpoint", {})
+    with atomic_path(path) as temporary:
+        torch.save(plain, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint, of ours or of upstream's, onto the CPU. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the file is damaged, or is no checkpoint of this kind.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}. Make one with: nnssl_train DATASET CONFIG -tr TRAINER")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: {error}. Use another checkpoint_*.pth beside it, or a fresh copy"
+        ) from error
+    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
+        raise ValueError(f"{path} holds no network_weights: it is not a pretraining checkpoint")
+    return checkpoint
+
+
+def _plain(value: Any, where: str, copies: dict[Any, torch.Tensor]) -> Any:
+    """Builtins and CPU tensors only; what is the same memory under several names is copied once."""
+    if isinstance(value, torch.Tensor):
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+        if key not in copies:
+            copies[key] = value.detach().to("cpu", copy=True)
+        return copies[key]
+    if isinstance(value, Mapping):
+        entries = ((_plain(key, where, copies), item) for key, item in value.items())
+        return {key: _plain(item, f"{where}[{key!r}]", copies) for key, item in entries}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{where}[{index}]", copies) for index, item in enumerate(value))
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise ValueError(f"{where} is of type {type(value).__name__}; a checkpoint holds builtins and tensors only")
