@@ -1,9 +1,16 @@
 """Fixtures for every test: folders of a pipeline, and the real volumes."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from nnssl_ext.planners.plan import Plan
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two busy-waiting torch processes on two cores run 40x slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,3 +36,57 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(f"nnssl_{kind}", str(folder))
         monkeypatch.setenv(f"nnUNet_{kind}", str(folder))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_plan() -> Callable[..., Plan]:
+    """Makes plans of a residual U-Net of three stages, 4 to 16 features wide; a patch of two edges makes them 2D."""
+    from nnssl_ext.planners.architecture import Topology, resenc_architecture
+    from nnssl_ext.planners.plan import Plan
+
+    def make(patch_size: tuple[int, ...] = (16, 24, 8), channels: int = 1) -> Plan:
+        dims = len(patch_size)
+        topology = Topology(
+            patch_size=patch_size,
+            strides=((1,) * dims, (2,) * dims, (2,) * dims),
+            kernel_sizes=((3,) * dims,) * 3,
+            divisor=(4,) * dims,
+        )
+        name = "2d" if dims == 2 else "3d_fullres"
+        resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+        configuration = {
+            "data_identifier": f"nnsslPlans_{name}",
+            "preprocessor_name": "DefaultPreprocessor",
+            "batch_size": 2,
+            "patch_size": list(patch_size),
+            "median_image_size_in_voxels": [float(size) for size in patch_size],
+            "spacing": [1.0] * dims,
+            "normalization_schemes": ["ZScoreNormalization"] * channels,
+            "use_mask_for_norm": [False] * channels,
+            "resampling_fn_data": "resample_data_or_seg_to_shape",
+            "resampling_fn_data_kwargs": resampling,
+            "resampling_fn_seg": "resample_data_or_seg_to_shape",
+            "resampling_fn_seg_kwargs": {**resampling, "is_seg": True, "order": 1},
+            "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+            "resampling_fn_probabilities_kwargs": {**resampling, "order": 1},
+            "architecture": resenc_architecture(topology, base_features=4, max_features=16, blocks=(1, 1, 1)),
+            "batch_dice": False,
+        }
+        return Plan(
+            {
+                "dataset_name": "Dataset999_Tiny",
+                "plans_name": "nnsslPlans",
+                "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
+                "original_median_shape_after_transp": [32, 32, 32],
+                "image_reader_writer": "SimpleITKIO",
+                "transpose_forward": [0, 1, 2],
+                "transpose_backward": [0, 1, 2],
+                "configurations": {name: configuration},
+                "experiment_planner_used": "nnsslPlanner",
+                "label_manager": "LabelManager",
+                "foreground_intensity_properties_per_channel": {},
+                "nnssl_planning": {"spacing_rule": "iso"},
+            }
+        )
+
+    return make
