@@ -45,7 +45,7 @@ def read_crop(
         size: Edges (z, y, x) of the box.
 
     Returns:
-        The voxels (C, *inside) in the stored type, and where in the box they belong.
+        The voxels (C, *inside) in the stored type, and where they belong in an array (C, *size).
 
     Raises:
         CorruptCaseError: If the file cannot be read, or holds values that are not finite.
@@ -54,8 +54,8 @@ def read_crop(
     start = [max(0, low) for low in lower]
     stop = [min(full, low + edge) for full, low, edge in zip(shape, lower, size, strict=True)]
     voxels = store.read_crop(case_id, start, stop)
-    inside = tuple(slice(a - low, b - low) for a, b, low in zip(start, stop, lower, strict=True))
-    return voxels, inside
+    inside = [slice(a - low, b - low) for a, b, low in zip(start, stop, lower, strict=True)]
+    return voxels, (slice(None), *inside)
 
 
 def read_batch(request: BatchRequest) -> Batch:
@@ -77,8 +77,8 @@ def read_batch(request: BatchRequest) -> Batch:
         rng = generator(request.seed, "crop", sample)
         crop = choose_crop(entry.shape[1:], size, occupancy, cell, request.min_foreground, rng)
         voxels, inside = read_crop(request.store, entry.case_id, crop.lower, size)
-        data[(row, slice(None), *inside)] = torch.from_numpy(voxels)
-        valid[(row, slice(None), *inside)] = True
+        data[row][inside] = torch.from_numpy(voxels)
+        valid[row][inside] = True
         crops.append(crop)
     shape = data.shape[:2] + tuple(request.crop_size)
     return Batch(

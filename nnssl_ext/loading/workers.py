@@ -1,8 +1,8 @@
 """Processes that read batches ahead, in order, and fail loudly.
 
 Each worker hangs on a pipe of its own. So requests go round in turn and results come back in the order they were asked
-for; a worker whose parent was killed reads the end of its pipe and leaves; and when a worker dies, the parent sees it at
-once and knows which batch it had in hand.
+for; a worker whose parent was killed reads the end of its pipe and leaves; and when a worker dies, the parent sees it
+at once and knows which batch it had in hand.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 
@@ -67,8 +68,8 @@ def _answer(request: BatchRequest) -> Batch | _Failure:
 class WorkerPool:
     """Workers that turn requests into batches.
 
-    They are started when first needed, by forkserver where there is one (it imports torch once for all of them), else by
-    spawn: a plain fork after a blosc2 read deadlocks.
+    They are started when first needed, by forkserver where there is one (it imports torch once for all of them), else
+    by spawn: a plain fork after a blosc2 read deadlocks.
 
     Args:
         num_workers: Number of processes, 1 or more.
@@ -121,7 +122,7 @@ class WorkerPool:
             self._shut = None
 
 
-def _context() -> multiprocessing.context.BaseContext:
+def _context() -> SpawnContext | ForkServerContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

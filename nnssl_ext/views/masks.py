@@ -1,0 +1,94 @@
+"""Hidden regions of a crop. 1 (True) means hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.core.random import SampleRandom
+
+
+def block_mask(
+    random: SampleRandom,
+    shape: Sequence[int],
+    block_size: int | Sequence[int],
+    ratio: float,
+    *,
+    valid: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Hides random blocks until the hidden share of the voxels is as near `ratio` as whole blocks allow.
+
+    Blocks tile the patch from its first voxel and are clipped at its far border. Voxels are counted, not blocks, so a
+    clipped block counts for what is left of it. Where `valid` is given only real voxels count: the padding of a small
+    volume neither uses up the hidden share nor dilutes it. He et al. 2022 (arXiv:2111.06377), block-wise as in
+    arXiv:2410.23132.
+
+    Args:
+        random: Keyed by sample.
+        shape: Patch, 2 or 3 entries.
+        block_size: Edge of a block in voxels, or one edge per axis.
+        ratio: Share of the voxels to hide, in [0, 1].
+        valid: (B, 1, *shape), bool; True on real voxels.
+        device: Where the mask goes; that of `valid`, else the CPU.
+
+    Returns:
+        (B, 1, *shape), bool.
+
+    Raises:
+        ValueError: If the block does not fit the shape's dimensions or is empty, or the ratio is out of range.
+    """
+    block = _edges(block_size, shape)
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio={ratio} must lie in [0, 1].")
+    device = device if device is not None or valid is None else valid.device
+    grid = [-(-size // edge) for size, edge in zip(shape, block, strict=True)]
+    order = torch.from_numpy(random.permutation("blocks", _product(grid))).to(device)
+    counts = _block_voxels(shape, block, valid, device).expand(len(order), -1).gather(1, order)
+    hidden_before = torch.nn.functional.pad(counts.cumsum(1), (1, 0))  # voxels hidden by the first 0, 1, ... n blocks
+    num_hidden = (hidden_before - ratio * hidden_before[:, -1:]).abs().argmin(1, keepdim=True)
+    rank = torch.arange(order.shape[1], device=device).expand_as(order)
+    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, rank < num_hidden)
+    return upsample_blocks(chosen.view(-1, 1, *grid), block, shape)
+
+
+def upsample_blocks(grid: Tensor, block_size: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """One value per block to one value per voxel.
+
+    Args:
+        grid: (B, C, *blocks), any type.
+        block_size: Edges of a block.
+        shape: Size of the patch; blocks at its far border are clipped.
+
+    Returns:
+        (B, C, *shape).
+    """
+    for axis, (edge, size) in enumerate(zip(block_size, shape, strict=True), start=2):
+        grid = grid.index_select(axis, torch.arange(size, device=grid.device) // edge)
+    return grid
+
+
+def _edges(block_size: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    block = (block_size,) * len(shape) if isinstance(block_size, int) else tuple(block_size)
+    if len(block) != len(shape) or min(block) < 1:
+        raise ValueError(f"block_size={block_size} must be 1 or more, for each of the {len(shape)} axes of {shape}.")
+    return block
+
+
+def _product(values: Sequence[int]) -> int:
+    return int(torch.Size(values).numel())
+
+
+def _block_voxels(
+    shape: Sequence[int], block: Sequence[int], valid: Tensor | None, device: torch.device | str | None
+) -> Tensor:
+    """Voxels that count in each block: (1 or B, blocks), int64."""
+    voxels = torch.ones(1, 1, *shape, device=device) if valid is None else valid.float()
+    for axis, (edge, size) in enumerate(zip(block, shape, strict=True), start=2):
+        index = torch.arange(size, device=voxels.device) // edge
+        sums = list(voxels.shape)
+        sums[axis] = -(-size // edge)
+        voxels = voxels.new_zeros(sums).index_add(axis, index, voxels)
+    return voxels.flatten(1).long()

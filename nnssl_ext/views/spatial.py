@@ -1,0 +1,235 @@
+"""Flips, rotation, scaling and elastic deformation of a batch in one resampling.
+
+A view is described by where each of its voxels looks in the input: an affine map about the view's centre, composed with
+a smooth displacement. Rotations are made in millimetres, so anatomy is not sheared where voxels are anisotropic. A
+voxel of the view is valid only when everything that was interpolated for it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnssl_ext.core.random import SampleRandom
+
+_MIN_WEIGHT = 1 - 1e-3
+"""Interpolation weight on real voxels from which a view's voxel is valid: 1 but for rounding of coordinates."""
+_SPLINE_SUPPORT = 4
+"""Control points that a cubic B-spline depends on along each axis."""
+_MAX_INJECTIVE = 0.4
+"""Cubic B-spline displacements below this share of a control cell cannot fold, in 3D (Choi and Lee 2000)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpatialConfig:
+    """How a view may be moved. The defaults are nnU-Net's, without its elastic deformation as there."""
+
+    flip: float = 0.5
+    """Probability of a flip, for each axis on its own."""
+    rotation: float = 0.2
+    """Probability that a sample is rotated."""
+    rotation_degrees: float = 30.0
+    """Largest angle, in each plane, to either side."""
+    max_anisotropy: float = 3.0
+    """Planes whose voxel edges differ by more than this factor are not rotated. nnU-Net's threshold."""
+    scaling: float = 0.2
+    """Probability that a sample is scaled."""
+    scale_range: tuple[float, float] = (0.7, 1.4)
+    """Magnification, the same along all axes, log-uniform; above 1 enlarges the anatomy."""
+    elastic: float = 0.0
+    """Probability that a sample is deformed."""
+    elastic_cells: int = 4
+    """Cells of the deformation's control grid along each axis of the view."""
+    elastic_magnitude: float = 0.25
+    """Largest displacement in control cells, up to 0.4: beyond, a cubic B-spline may fold."""
+    inside: bool = False
+    """Whether a view is shrunk until it lies in the real voxels. If not, it is only moved, and what sticks out is
+    invalid."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "rotation", "scaling", "elastic"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is a probability and must lie in [0, 1].")
+        low, high = self.scale_range
+        if not 0 < low <= high:
+            raise ValueError(f"scale_range={self.scale_range} must be two positive numbers, the smaller one first.")
+        if not 0 <= self.elastic_magnitude <= _MAX_INJECTIVE:
+            raise ValueError(f"elastic_magnitude={self.elastic_magnitude} must lie in [0, {_MAX_INJECTIVE}].")
+        if self.elastic_cells < 1:
+            raise ValueError(f"elastic_cells={self.elastic_cells} must be 1 or more.")
+        if self.max_anisotropy < 1:
+            raise ValueError(f"max_anisotropy={self.max_anisotropy} must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class SpatialTransform:
+    """Where a view's voxels look in its input: `centre + matrix @ (voxel - middle of the view + displacement)`."""
+
+    size: tuple[int, ...]
+    """Voxels of the view per axis."""
+    matrix: Tensor
+    """(B, D, D): input voxels per voxel of the view."""
+    centre: Tensor
+    """(B, D): input voxel, with fractions, that the middle of the view looks at."""
+    displacement: Tensor | None = None
+    """(B, D, *size), in voxels of the view; None is no deformation."""
+
+    def coordinates(self) -> Tensor:
+        """Input voxel coordinates of every voxel of the view: (B, D, *size)."""
+        dims = len(self.size)
+        offsets = [torch.arange(n, device=self.matrix.device) - (n - 1) / 2 for n in self.size]
+        grid = torch.stack(torch.meshgrid(*offsets, indexing="ij"))
+        points = grid.flatten(1).expand(len(self.matrix), -1, -1)
+        if self.displacement is not None:
+            points = points + self.displacement.flatten(2)
+        return torch.baddbmm(self.centre.unsqueeze(2), self.matrix, points).view(-1, dims, *self.size)
+
+
+@dataclass(frozen=True)
+class SpatialView:
+    """A view of a batch."""
+
+    data: Tensor
+    """(B, C, *size), 0 where invalid."""
+    valid: Tensor
+    """(B, 1, *size), bool: whether all that was interpolated is real."""
+    transform: SpatialTransform
+    """Where it was taken."""
+
+
+def spatial_view(
+    data: Tensor,
+    valid: Tensor,
+    spacing: Tensor,
+    random: SampleRandom,
+    config: SpatialConfig,
+    size: Sequence[int] | None = None,
+) -> SpatialView:
+    """A randomly flipped, rotated, scaled and deformed view of every sample.
+
+    Args:
+        data: (B, C, *crop).
+        valid: (B, 1, *crop), bool.
+        spacing: (B, D) in mm.
+        random: Keyed by sample.
+        config: What may happen.
+        size: Voxels of the view per axis, at most those of the crop; None: as the crop.
+    """
+    transform = draw_transform(valid, spacing, random, config, size or valid.shape[2:])
+    return apply_transform(data, valid, transform)
+
+
+def draw_transform(
+    valid: Tensor, spacing: Tensor, random: SampleRandom, config: SpatialConfig, size: Sequence[int]
+) -> SpatialTransform:
+    """Draws where each sample is looked at. See `spatial_view`."""
+    size = tuple(size)
+    matrix = _matrix(spacing.to(valid.device), random, config)
+    displacement = _displacement(random, config, size, valid.device)
+    lower, upper = valid_box(valid)
+    half = _half_extent(matrix, size, config, displacement is not None)
+    if config.inside:
+        room = ((upper - lower) / 2 / half.clamp(min=1e-6)).amin(1).clamp(max=1)
+        matrix, half = matrix * room.view(-1, 1, 1), half * room.view(-1, 1)
+    middle = [(full - edge) // 2 + (edge - 1) / 2 for full, edge in zip(valid.shape[2:], size, strict=True)]
+    centre = torch.tensor(middle, device=valid.device).expand_as(half)
+    first, last = lower + half, upper - half
+    centre = centre.clamp(torch.minimum(first, last), torch.maximum(first, last))
+    return SpatialTransform(size, matrix, centre, displacement)
+
+
+def apply_transform(data: Tensor, valid: Tensor, transform: SpatialTransform) -> SpatialView:
+    """Resamples data (linearly) and validity (strictly) in one pass."""
+    crop = torch.tensor(valid.shape[2:], device=data.device).view(1, -1, *[1] * len(transform.size))
+    grid = (2 * transform.coordinates() + 1) / crop - 1
+    grid = grid.movedim(1, -1).flip(-1)  # grid_sample wants the last axis first
+    together = torch.cat([data, valid.to(data.dtype)], dim=1)
+    sampled = F.grid_sample(together, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    inside = sampled[:, -1:] > _MIN_WEIGHT
+    return SpatialView(sampled[:, :-1].masked_fill(~inside, 0), inside, transform)
+
+
+def valid_box(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last valid voxel per axis, each (B, D) float; the whole crop where nothing is valid."""
+    lower, upper = [], []
+    for axis in range(2, valid.dim()):
+        others = tuple(a for a in range(1, valid.dim()) if a != axis)
+        profile = valid.any(dim=others).int()
+        lower.append(profile.argmax(1))
+        upper.append(profile.shape[1] - 1 - profile.flip(1).argmax(1))
+    return torch.stack(lower, 1).float(), torch.stack(upper, 1).float()
+
+
+def _half_extent(matrix: Tensor, size: Sequence[int], config: SpatialConfig, deformed: bool) -> Tensor:
+    """Half the edges (B, D), in input voxels, of the box around all that a view looks at."""
+    half = torch.tensor([(edge - 1) / 2 for edge in size], device=matrix.device)
+    if deformed:
+        half = half + config.elastic_magnitude * torch.tensor(_cells(size, config), device=matrix.device)
+    return matrix.abs() @ half
+
+
+def _matrix(spacing: Tensor, random: SampleRandom, config: SpatialConfig) -> Tensor:
+    """Flips, rotations in millimetres and scaling as one matrix (B, D, D)."""
+    batch, dims = spacing.shape
+    device = spacing.device
+
+    def draw(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    planes = [(a, b) for a in range(dims) for b in range(a + 1, dims)]
+    limit = np.deg2rad(config.rotation_degrees)
+    angles = draw(random.uniform("angles", -limit, limit, (len(planes),)))
+    angles = angles * draw(random.bernoulli("rotate", config.rotation)).unsqueeze(1)
+    matrix = torch.eye(dims, device=device).expand(batch, -1, -1)
+    for number, (a, b) in enumerate(planes):
+        ratio = torch.maximum(spacing[:, a] / spacing[:, b], spacing[:, b] / spacing[:, a])
+        matrix = _plane_rotation(angles[:, number] * (ratio <= config.max_anisotropy), a, b, dims) @ matrix
+    matrix = matrix * spacing.unsqueeze(1) / spacing.unsqueeze(2)
+    low, high = np.log(config.scale_range)
+    zoom = draw(random.uniform("scale", low, high)) * draw(random.bernoulli("rescale", config.scaling))
+    signs = 1 - 2 * draw(random.bernoulli("flip", config.flip, (dims,))).float()
+    return matrix * signs.unsqueeze(1) * torch.exp(-zoom).view(-1, 1, 1)
+
+
+def _plane_rotation(angle: Tensor, a: int, b: int, dims: int) -> Tensor:
+    matrix = torch.eye(dims, device=angle.device).repeat(len(angle), 1, 1)
+    matrix[:, a, a] = matrix[:, b, b] = torch.cos(angle)
+    matrix[:, b, a] = torch.sin(angle)
+    matrix[:, a, b] = -matrix[:, b, a]
+    return matrix
+
+
+def _cells(size: Sequence[int], config: SpatialConfig) -> list[float]:
+    return [edge / config.elastic_cells for edge in size]
+
+
+def _displacement(
+    random: SampleRandom, config: SpatialConfig, size: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """A cubic B-spline of uniform control vectors, (B, D, *size) in voxels; None where no sample is deformed."""
+    chosen = random.bernoulli("deform", config.elastic)
+    if not chosen.any():
+        return None
+    dims, points = len(size), config.elastic_cells + _SPLINE_SUPPORT - 1
+    control = random.uniform("control", -config.elastic_magnitude, config.elastic_magnitude, (dims, *[points] * dims))
+    field = torch.from_numpy(control * chosen.reshape(-1, *[1] * (dims + 1))).to(device)
+    cells = torch.tensor(_cells(size, config), device=device)
+    field = field * cells.view(1, -1, *[1] * dims)
+    for axis, edge in enumerate(size, start=2):
+        weights = _spline_weights(edge, config.elastic_cells).to(device)
+        field = torch.tensordot(field, weights, dims=([axis], [1])).movedim(-1, axis)
+    return field
+
+
+def _spline_weights(size: int, cells: int) -> Tensor:
+    """Cubic B-spline basis (size, cells + 3): weight of each control point at each voxel."""
+    position = (torch.arange(size) + 0.5) / size * cells
+    distance = (position.unsqueeze(1) - (torch.arange(cells + _SPLINE_SUPPORT - 1) - 1)).abs()
+    near = 2 / 3 - distance**2 + distance**3 / 2
+    far = (2 - distance).clamp(min=0) ** 3 / 6
+    return torch.where(distance < 1, near, far)
