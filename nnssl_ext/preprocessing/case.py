@@ -46,13 +46,13 @@ def preprocess_array(
     """
     check_finite(data)
     axes = configuration.transpose_forward
+    foreground = np.any([foreground_mask(channel) for channel in data], axis=0).transpose(axes)
     data = np.transpose(np.asarray(data, dtype=np.float32), (0, *(axis + 1 for axis in axes)))
     old_spacing = tuple(float(spacing[axis]) for axis in axes)
     box = nonzero_box(data)
     cropped = crop_to_box(data, box)
     if not cropped.any():
         raise ValueError("the image is zero everywhere; remove the case from the dataset")
-    foreground = np.any([foreground_mask(channel) for channel in cropped], axis=0)
     target, shape = _target(cropped.shape[1:], old_spacing, configuration)
     normalized = normalize(
         cropped,
@@ -74,7 +74,9 @@ def preprocess_array(
         "bbox_used_for_cropping": [list(side) for side in box],
         "shape_after_cropping_and_before_resampling": list(cropped.shape[1:]),
     }
-    return PreprocessedArray(resampled, resize_nearest(foreground, shape), target, properties)
+    return PreprocessedArray(
+        resampled, resize_nearest(foreground[tuple(slice(*side) for side in box)], shape), target, properties
+    )
 
 
 def _target(

@@ -6,6 +6,7 @@ per finished case, so that a run that was killed knows what it need not do again
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 from typing_extensions import Self
 
 from nnssl_ext.core.records import write_text
+from nnssl_ext.preprocessing.errors import full_disk_named
 
 INDEX_FILE = "nnssl_index.json"
 JOURNAL_FILE = "nnssl_index.journal"
@@ -62,7 +64,9 @@ class Index:
     settings: Mapping[str, Any]
     """What decides the stored numbers; cases made with other settings must not be mixed."""
     entries: dict[str, IndexEntry] = field(default_factory=dict)
-    """The cases by name, in alphabetical order."""
+    """The cases by name."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Cases that were left out, and why."""
 
 
 def _row(entry: IndexEntry) -> str:
@@ -82,9 +86,12 @@ def write_index(folder: Path, index: Index) -> None:
         folder: The configuration's folder.
         index: Its cases; they are written in alphabetical order.
     """
-    head = json.dumps({"format": FORMAT, "settings": index.settings, "columns": _COLUMNS}, allow_nan=False)
+    head = json.dumps(
+        {"format": FORMAT, "settings": index.settings, "failed": index.failed, "columns": _COLUMNS}, allow_nan=False
+    )
     rows = ",\n".join(_row(index.entries[case_id]) for case_id in sorted(index.entries))
-    write_text(folder / INDEX_FILE, f'{head[:-1]}, "cases": [\n{rows}\n]}}\n')
+    with full_disk_named(folder / INDEX_FILE):
+        write_text(folder / INDEX_FILE, f'{head[:-1]}, "cases": [\n{rows}\n]}}\n')
 
 
 def read_index(folder: Path) -> Index:
@@ -107,7 +114,8 @@ def read_index(folder: Path) -> Index:
         raise ValueError(
             f"{path} has format {content.get('format')}, this version reads {FORMAT}. Run nnssl_preprocess --overwrite."
         )
-    return Index(settings=content["settings"], entries={row[0]: _entry(row) for row in content["cases"]})
+    entries = {row[0]: _entry(row) for row in content["cases"]}
+    return Index(settings=content["settings"], entries=entries, failed=content["failed"])
 
 
 class Journal:
@@ -122,16 +130,19 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], entries: Iterable[IndexEntry] = ()) -> None:
-        path = folder / JOURNAL_FILE
+        self._path = folder / JOURNAL_FILE
         lines = [json.dumps({"format": FORMAT, "settings": settings}, allow_nan=False), *map(_row, entries)]
-        write_text(path, "\n".join(lines) + "\n")
-        self._file = path.open("a", encoding="utf-8")
+        with full_disk_named(self._path):
+            write_text(self._path, "\n".join(lines) + "\n")
+        self._file = self._path.open("ab", buffering=0)
 
     def add(self, entry: IndexEntry) -> None:
         """Notes a case whose file is whole and in place."""
-        self._file.write(_row(entry) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with full_disk_named(self._path):
+            line = f"{_row(entry)}\n".encode()
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,9 @@
 """Spline resampling, one axis after another, with the numbers of nnU-Net's `resample_data_or_seg_to_shape`.
 
 Spline interpolation on a grid is separable and linear. So the prefilter and the interpolation along an axis are
-together one small matrix, and resizing a volume is three float32 matrix products instead of 64 double-precision taps per voxel.
-A row of the matrix decays by a factor of 3.7 per voxel; what is below 1e-9 is zero here (as subnormal numbers it would
-slow the products 15 times), which leaves a narrow band, and only the band is multiplied.
+together one small matrix, and resizing a volume is three float32 matrix products instead of 64 double-precision taps
+per voxel. A row of the matrix decays by a factor of 3.7 per voxel; what is below 1e-9 is zero here (as subnormal
+numbers it would slow the products 15 times), which leaves a narrow band, and only the band is multiplied.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ NEGLIGIBLE = 1e-9
 BAND_ROWS = 32
 """Output rows that share one product with the columns they reach."""
 SPLINE_ORDERS = (0, 1, 3)
+KEYWORDS = ("is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold")
 
 Float32 = npt.NDArray[np.float32]
 
@@ -213,6 +214,9 @@ def check_resampling(function: str, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"resampling_fn_data {function!r} is not supported; use {SPLINE_FUNCTION} or {NO_RESAMPLING_FUNCTION}"
         )
+    unknown = set(settings) - set(KEYWORDS)
+    if unknown:
+        raise ValueError(f"resampling_fn_data_kwargs has unknown {', '.join(sorted(unknown))}; allowed: {KEYWORDS}")
     if settings.get("is_seg", False):
         raise ValueError(
             "resampling_fn_data_kwargs has is_seg true, but images are resampled; set it to false in the plans"

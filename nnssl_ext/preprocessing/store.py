@@ -7,112 +7,24 @@ ways to write float16 volumes fast and small and to read crops from them (docs/d
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import blosc2
 import numpy as np
 import numpy.typing as npt
 
 from nnssl_ext.core.records import atomic_path, file_hash
+from nnssl_ext.preprocessing.errors import CorruptCaseError, full_disk_named
 from nnssl_ext.preprocessing.index import IndexEntry, read_index
+from nnssl_ext.preprocessing.layout import StorageType, block_shape, chunk_shape, occupancy_grid, to_storage
 
-StorageType = Literal["float16", "float32"]
 SUFFIX = ".b2nd"
-BLOCK_VOXELS = 32**3
-"""Voxels that are compressed together: what a crop decodes beyond itself grows with it, the ratio shrinks below it."""
-CHUNK_BLOCKS = 4
-"""Blocks per edge of a chunk. Blocks are read one by one, so this only bounds the size of the offset tables."""
 COMPRESSION_LEVEL = 1
-MAX_CELLS = 1 << 15
-"""Cells of the foreground grid: 4 kB of bits, so that opening a file stays fast."""
-SMALLEST_CELL = 4
-MAX_CLAMPED_SHARE = 1e-4
-"""Share of voxels beyond float16 that may be clamped; above it the case is refused."""
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class StorageFullError(OSError):
-    """The file system has no room for another case."""
-
-
-class CorruptCaseError(ValueError):
-    """A stored case is missing, cut short or altered."""
-
-
-def to_storage(data: npt.NDArray[np.float32], dtype: StorageType) -> tuple[npt.NDArray[Any], int]:
-    """Casts voxels to the type on disk; what float16 cannot hold is clamped to its largest value, 65504.
-
-    Args:
-        data: Finite values (C, Z, Y, X).
-        dtype: Type on disk.
-
-    Returns:
-        The array, C-contiguous, and how many voxels were clamped.
-
-    Raises:
-        ValueError: If a value is not finite, or more than a share of 1e-4 of the voxels would have to be clamped.
-    """
-    low, high = float(data.min()), float(data.max())
-    if not np.isfinite([low, high]).all():
-        raise ValueError("the preprocessed array has values that are not finite")
-    limit = float(np.finfo(dtype).max)
-    clamped = 0
-    if low < -limit or high > limit:
-        clamped = int(np.count_nonzero(np.abs(data) > limit))
-        if clamped > MAX_CLAMPED_SHARE * data.size:
-            raise ValueError(
-                f"{clamped} of {data.size} voxels are beyond {limit:g} (values from {low:g} to {high:g}): they do not "
-                f"fit {dtype}. Choose a normalisation scheme that scales them, or preprocess with --dtype float32."
-            )
-        data = np.clip(data, -limit, limit)
-    return np.ascontiguousarray(data, dtype=dtype), clamped
-
-
-def block_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Blocks of 32³ voxels; where an axis is shorter, the others grow (doubling) to hold about as many.
-
-    Args:
-        shape: (Z, Y, X).
-    """
-    edge = round(BLOCK_VOXELS ** (1 / 3))
-    block = [min(edge, size) for size in shape]
-    while True:
-        growing = [axis for axis in range(len(shape)) if block[axis] < shape[axis]]
-        if not growing:
-            return tuple(block)
-        axis = min(growing, key=lambda candidate: block[candidate])
-        longer = min(2 * block[axis], shape[axis])
-        if longer * int(np.prod(block)) // block[axis] > BLOCK_VOXELS:
-            return tuple(block)
-        block[axis] = longer
-
-
-def occupancy_grid(foreground: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], tuple[int, int, int]]:
-    """A coarse picture of the foreground: a cell is True when at least half of its voxels are.
-
-    Args:
-        foreground: (Z, Y, X).
-
-    Returns:
-        The grid, and the edges of a cell in voxels (cells at the far border may be clipped by the volume).
-    """
-    edge = SMALLEST_CELL
-    while np.prod([-(-size // edge) for size in foreground.shape]) > MAX_CELLS:
-        edge *= 2
-    cell = tuple(min(edge, size) for size in foreground.shape)
-    counts, volume = foreground.astype(np.int32), np.ones((), np.int64)
-    for axis, step in enumerate(cell):
-        starts = np.arange(0, foreground.shape[axis], step)
-        counts = np.add.reduceat(counts, starts, axis=axis)
-        lengths = np.diff(np.append(starts, foreground.shape[axis]))
-        volume = np.multiply.outer(volume, lengths)
-    return 2 * counts >= volume, (cell[0], cell[1], cell[2])
 
 
 def write_case(
@@ -156,7 +68,9 @@ def write_case(
     array, clamped = to_storage(data, dtype)
     grid, cell = occupancy_grid(foreground)
     frame = _encode(array, {**properties, "num_clamped_voxels": clamped}, grid, cell)
-    _write_bytes(_case_path(folder, case_id), frame)
+    path = _case_path(folder, case_id)
+    with full_disk_named(path), atomic_path(path) as temporary:
+        temporary.write_bytes(frame)
     return IndexEntry(
         case_id=case_id,
         shape=tuple(int(size) for size in array.shape),
@@ -183,30 +97,18 @@ def _case_path(folder: Path, case_id: str) -> Path:
 def _encode(
     array: npt.NDArray[Any], properties: Mapping[str, Any], grid: npt.NDArray[np.bool_], cell: tuple[int, int, int]
 ) -> bytes:
-    block = (1, *block_shape(array.shape[1:]))
-    chunk = tuple(min(CHUNK_BLOCKS * edge, size) for edge, size in zip(block, array.shape, strict=True))
+    block = block_shape(array.shape[1:])
+    chunk = chunk_shape(array.shape[1:])
     compression = {
         "codec": blosc2.Codec.ZSTD,
         "clevel": COMPRESSION_LEVEL,
         "filters": [blosc2.Filter.SHUFFLE],
         "nthreads": 1,
     }
-    stored = blosc2.asarray(array, chunks=(1, *chunk[1:]), blocks=block, cparams=compression)
+    stored = blosc2.asarray(array, chunks=(1, *chunk), blocks=(1, *block), cparams=compression)
     stored.schunk.vlmeta["properties"] = json.dumps(properties, allow_nan=False)
     stored.schunk.vlmeta["occupancy"] = [list(cell), list(grid.shape), np.packbits(grid).tobytes()]
     return bytes(stored.to_cframe())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise StorageFullError(
-                error.errno, f"no room for {len(content)} bytes ({error.strerror})", str(path)
-            ) from error
-        raise
 
 
 class Store:
