@@ -79,3 +79,120 @@ def estimate_memory(
     values = batch_size * (cost.views * kept + TRANSIENT_MAPS * size.largest_map)
     weights = parameters * (1 + OPTIMIZER_SLOTS + cost.copies)
     return (values * bytes_per_value + weights * PARAMETER_BYTES) / GIBIBYTE
+
+
+def topology(spacing: Sequence[float], patch_size: Sequence[int]) -> Topology:
+    """nnU-Net's topology for a patch: axes are pooled while they are at least 8 voxels and of similar spacing.
+
+    Args:
+        spacing: mm per axis.
+        patch_size: Voxels per axis; the result's patch is padded up to what the strides divide.
+    """
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    _, strides, kernels, patch, divisor = get_pool_and_conv_props(spacing, patch_size, MIN_FEATURE_MAP, NO_LIMIT)
+    return Topology(
+        patch_size=tuple(int(size) for size in patch),
+        strides=tuple(tuple(int(step) for step in stride) for stride in strides),
+        kernel_sizes=tuple(tuple(int(size) for size in kernel) for kernel in kernels),
+        divisor=tuple(int(step) for step in divisor),
+    )
+
+
+def largest_patch(spacing: Sequence[float], median_shape: Sequence[float], max_voxels: float) -> tuple[int, ...]:
+    """The patch of equal physical extent on all axes that covers the median case or holds `max_voxels`.
+
+    What an axis shorter than that extent leaves over goes to the longer ones.
+
+    Args:
+        spacing: mm per axis.
+        median_shape: Voxels of the median case per axis.
+        max_voxels: Most voxels of a patch.
+    """
+    if prod(median_shape) <= max_voxels:
+        return tuple(max(1, round(size)) for size in median_shape)
+    free, patch = set(range(len(spacing))), [float(size) for size in median_shape]
+    while free:
+        left = max_voxels / prod(size for axis, size in enumerate(patch) if axis not in free)
+        extent = (left * prod(spacing[axis] for axis in free)) ** (1 / len(free))
+        short = {axis for axis in free if median_shape[axis] * spacing[axis] <= extent}
+        if not short:
+            for axis in free:
+                patch[axis] = extent / spacing[axis]
+            break
+        free -= short
+    return tuple(max(1, round(size)) for size in patch)
+
+
+def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float], max_voxels: float) -> Iterator[Topology]:
+    """Patches from the largest downwards, each with its topology; each has fewer voxels than the one before.
+
+    As in nnU-Net the axis that covers most of the median case shrinks first, by the least step that the topology of the
+    smaller patch divides. All have three stages or more, which nnU-Net's deep supervision needs: where the images are
+    smaller than that, the patch is larger than the images.
+
+    Args:
+        spacing: mm per axis.
+        median_shape: Voxels of the median case per axis.
+        max_voxels: Most voxels of the first patch, before it is padded to what its strides divide.
+    """
+    patch, floor = largest_patch(spacing, median_shape, max_voxels), 1
+    current = topology(spacing, patch)
+    while len(current.strides) < MIN_STAGES:
+        floor *= 2
+        current = topology(spacing, [max(floor, size) for size in patch])
+    voxels = prod(current.patch_size) + 1
+    while len(current.strides) >= MIN_STAGES:
+        if prod(current.patch_size) < voxels:
+            voxels = prod(current.patch_size)
+            yield current
+        smaller = _shrink(spacing, median_shape, current)
+        if smaller is None:
+            return
+        current = smaller
+
+
+def _shrink(spacing: Sequence[float], median_shape: Sequence[float], current: Topology) -> Topology | None:
+    covered = [size / whole for size, whole in zip(current.patch_size, median_shape, strict=True)]
+    axis = covered.index(max(covered))
+    smaller = list(current.patch_size)
+    smaller[axis] -= current.divisor[axis]
+    if smaller[axis] < MIN_FEATURE_MAP:
+        return None
+    smaller[axis] = current.patch_size[axis] - topology(spacing, smaller).divisor[axis]
+    return topology(spacing, smaller)
+
+
+def choose_patch(
+    candidates: Iterator[Topology],
+    memory: Callable[[Topology, int], float],
+    memory_target: float,
+    max_batch_size: Callable[[Topology], int],
+) -> tuple[Topology, int]:
+    """The largest patch that fits with a batch of two, and the batch size.
+
+    The batch grows beyond two only for the largest candidate, so more memory never gives fewer voxels per step.
+
+    Args:
+        candidates: Patches, largest first.
+        memory: GiB for a patch and a batch size; affine in the batch size.
+        memory_target: GiB of the device; a tenth of it stays free.
+        max_batch_size: Most samples that make sense for a patch.
+
+    Raises:
+        ValueError: If not even the smallest patch fits.
+    """
+    usable, largest, need = USABLE_SHARE * memory_target, True, 0.0
+    for candidate in candidates:
+        need = memory(candidate, MIN_BATCH_SIZE)
+        if need <= usable:
+            each = need / MIN_BATCH_SIZE - memory(candidate, 0) / MIN_BATCH_SIZE
+            room = MIN_BATCH_SIZE + int((usable - need) / each)
+            batch = min(room, max_batch_size(candidate)) if largest else MIN_BATCH_SIZE
+            return candidate, max(MIN_BATCH_SIZE, batch)
+        largest = False
+    raise ValueError(
+        f"a memory target of {memory_target:g} GB is too small: the smallest patch with batch {MIN_BATCH_SIZE} needs "
+        f"{need / USABLE_SHARE:.1f}. Give -gpu_memory_target more, or a smaller network, for example: "
+        "-pl nnsslPlannerResEncXS"
+    )
