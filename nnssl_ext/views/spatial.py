@@ -17,6 +17,9 @@ from torch.nn import functional as F
 
 from nnssl_ext.core.random import SampleRandom
 
+_TINY = 1e-6
+_MOST_SHRUNK = 0.25
+"""No view is shrunk further to lie inside: of a volume of a few slices hardly a point would be left."""
 _MIN_WEIGHT = 1 - 1e-3
 """Interpolation weight on real voxels from which a view's voxel is valid: 1 but for rounding of coordinates."""
 _SPLINE_SUPPORT = 4
@@ -82,12 +85,13 @@ class SpatialTransform:
     def coordinates(self) -> Tensor:
         """Input voxel coordinates of every voxel of the view: (B, D, *size)."""
         dims = len(self.size)
-        offsets = [torch.arange(n, device=self.matrix.device) - (n - 1) / 2 for n in self.size]
-        grid = torch.stack(torch.meshgrid(*offsets, indexing="ij"))
-        points = grid.flatten(1).expand(len(self.matrix), -1, -1)
-        if self.displacement is not None:
-            points = points + self.displacement.flatten(2)
-        return torch.baddbmm(self.centre.unsqueeze(2), self.matrix, points).view(-1, dims, *self.size)
+        total = _columns(self.centre, dims)
+        for axis, edge in enumerate(self.size):
+            offset = (torch.arange(edge, device=total.device) - (edge - 1) / 2).view(-1, *[1] * (dims - 1 - axis))
+            if self.displacement is not None:
+                offset = offset + self.displacement[:, axis : axis + 1]
+            total = total + _columns(self.matrix[:, :, axis], dims) * offset
+        return total
 
 
 @dataclass(frozen=True)
@@ -125,33 +129,71 @@ def spatial_view(
 
 
 def draw_transform(
-    valid: Tensor, spacing: Tensor, random: SampleRandom, config: SpatialConfig, size: Sequence[int]
+    valid: Tensor,
+    spacing: Tensor,
+    random: SampleRandom,
+    config: SpatialConfig,
+    size: Sequence[int],
+    zoom: Tensor | None = None,
+    place: Tensor | None = None,
 ) -> SpatialTransform:
-    """Draws where each sample is looked at. See `spatial_view`."""
-    size = tuple(size)
+    """Draws where each sample is looked at.
+
+    A view starts at the middle of the crop and is then moved so that it lies in the real voxels, as far as it fits.
+
+    Args:
+        valid: (B, 1, *crop), bool.
+        spacing: (B, D) in mm.
+        random: Keyed by sample.
+        config: What may happen.
+        size: Voxels of the view per axis.
+        zoom: (B,), crop voxels per voxel of the view before scaling; None: 1.
+        place: (B, D), from 0 (at the first real voxels) to 1 (at the last ones); None: at the middle of the crop.
+    """
     matrix = _matrix(spacing.to(valid.device), random, config)
+    if zoom is not None:
+        matrix = matrix * zoom.view(-1, 1, 1)
     displacement = _displacement(random, config, size, valid.device)
+    return place_view(valid, matrix, displacement, size, config.inside, place)
+
+
+def place_view(
+    valid: Tensor,
+    matrix: Tensor,
+    displacement: Tensor | None,
+    size: Sequence[int],
+    inside: bool = False,
+    place: Tensor | None = None,
+) -> SpatialTransform:
+    """Gives a view a centre such that it looks at real voxels, as far as it fits between them. See `draw_transform`."""
     lower, upper = valid_box(valid)
-    half = _half_extent(matrix, size, config, displacement is not None)
-    if config.inside:
-        room = ((upper - lower) / 2 / half.clamp(min=1e-6)).amin(1).clamp(max=1)
-        matrix, half = matrix * room.view(-1, 1, 1), half * room.view(-1, 1)
-    middle = [(full - edge) // 2 + (edge - 1) / 2 for full, edge in zip(valid.shape[2:], size, strict=True)]
-    centre = torch.tensor(middle, device=valid.device).expand_as(half)
+    half = _half_extent(matrix, displacement, size)
+    if inside:
+        shrink = ((upper - lower) / 2 / half.clamp(min=_TINY)).amin(1, keepdim=True).clamp(_MOST_SHRUNK, 1)
+        matrix, half = matrix * shrink.unsqueeze(2), half * shrink
     first, last = lower + half, upper - half
-    centre = centre.clamp(torch.minimum(first, last), torch.maximum(first, last))
-    return SpatialTransform(size, matrix, centre, displacement)
+    if place is None:
+        middle = [(full - edge) // 2 + (edge - 1) / 2 for full, edge in zip(valid.shape[2:], size, strict=True)]
+        centre = torch.tensor(middle, device=valid.device)
+        centre = centre.clamp(torch.minimum(first, last), torch.maximum(first, last))
+    else:
+        centre = torch.lerp(first, last, place)
+    return SpatialTransform(tuple(size), matrix, centre, displacement)
 
 
 def apply_transform(data: Tensor, valid: Tensor, transform: SpatialTransform) -> SpatialView:
     """Resamples data (linearly) and validity (strictly) in one pass."""
-    crop = torch.tensor(valid.shape[2:], device=data.device).view(1, -1, *[1] * len(transform.size))
+    crop = _columns(torch.tensor(valid.shape[2:], device=data.device), len(transform.size))
     grid = (2 * transform.coordinates() + 1) / crop - 1
-    grid = grid.movedim(1, -1).flip(-1)  # grid_sample wants the last axis first
+    grid = grid.flip(1).movedim(1, -1)  # grid_sample wants the last axis first
     together = torch.cat([data, valid.to(data.dtype)], dim=1)
     sampled = F.grid_sample(together, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     inside = sampled[:, -1:] > _MIN_WEIGHT
     return SpatialView(sampled[:, :-1].masked_fill(~inside, 0), inside, transform)
+
+
+def _columns(values: Tensor, dims: int) -> Tensor:
+    return values.view(*values.shape, *[1] * dims)
 
 
 def valid_box(valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,12 +207,12 @@ def valid_box(valid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(lower, 1).float(), torch.stack(upper, 1).float()
 
 
-def _half_extent(matrix: Tensor, size: Sequence[int], config: SpatialConfig, deformed: bool) -> Tensor:
+def _half_extent(matrix: Tensor, displacement: Tensor | None, size: Sequence[int]) -> Tensor:
     """Half the edges (B, D), in input voxels, of the box around all that a view looks at."""
-    half = torch.tensor([(edge - 1) / 2 for edge in size], device=matrix.device)
-    if deformed:
-        half = half + config.elastic_magnitude * torch.tensor(_cells(size, config), device=matrix.device)
-    return matrix.abs() @ half
+    half = torch.tensor([(edge - 1) / 2 for edge in size], device=matrix.device).expand(len(matrix), -1)
+    if displacement is not None:
+        half = half + displacement.abs().flatten(2).amax(2)
+    return (matrix.abs() * half.unsqueeze(1)).sum(2)
 
 
 def _matrix(spacing: Tensor, random: SampleRandom, config: SpatialConfig) -> Tensor:
@@ -188,7 +230,7 @@ def _matrix(spacing: Tensor, random: SampleRandom, config: SpatialConfig) -> Ten
     matrix = torch.eye(dims, device=device).expand(batch, -1, -1)
     for number, (a, b) in enumerate(planes):
         ratio = torch.maximum(spacing[:, a] / spacing[:, b], spacing[:, b] / spacing[:, a])
-        matrix = _plane_rotation(angles[:, number] * (ratio <= config.max_anisotropy), a, b, dims) @ matrix
+        matrix = _rotated(matrix, angles[:, number] * (ratio <= config.max_anisotropy), a, b)
     matrix = matrix * spacing.unsqueeze(1) / spacing.unsqueeze(2)
     low, high = np.log(config.scale_range)
     zoom = draw(random.uniform("scale", low, high)) * draw(random.bernoulli("rescale", config.scaling))
@@ -196,16 +238,13 @@ def _matrix(spacing: Tensor, random: SampleRandom, config: SpatialConfig) -> Ten
     return matrix * signs.unsqueeze(1) * torch.exp(-zoom).view(-1, 1, 1)
 
 
-def _plane_rotation(angle: Tensor, a: int, b: int, dims: int) -> Tensor:
-    matrix = torch.eye(dims, device=angle.device).repeat(len(angle), 1, 1)
-    matrix[:, a, a] = matrix[:, b, b] = torch.cos(angle)
-    matrix[:, b, a] = torch.sin(angle)
-    matrix[:, a, b] = -matrix[:, b, a]
-    return matrix
-
-
-def _cells(size: Sequence[int], config: SpatialConfig) -> list[float]:
-    return [edge / config.elastic_cells for edge in size]
+def _rotated(matrix: Tensor, angle: Tensor, a: int, b: int) -> Tensor:
+    """Rows a and b turned by an angle (B,): without a matrix product, which a GPU may round to ten bits."""
+    cos, sin = torch.cos(angle).unsqueeze(1), torch.sin(angle).unsqueeze(1)
+    turned = matrix.clone()
+    turned[:, a] = cos * matrix[:, a] - sin * matrix[:, b]
+    turned[:, b] = sin * matrix[:, a] + cos * matrix[:, b]
+    return turned
 
 
 def _displacement(
@@ -218,8 +257,8 @@ def _displacement(
     dims, points = len(size), config.elastic_cells + _SPLINE_SUPPORT - 1
     control = random.uniform("control", -config.elastic_magnitude, config.elastic_magnitude, (dims, *[points] * dims))
     field = torch.from_numpy(control * chosen.reshape(-1, *[1] * (dims + 1))).to(device)
-    cells = torch.tensor(_cells(size, config), device=device)
-    field = field * cells.view(1, -1, *[1] * dims)
+    cells = torch.tensor([edge / config.elastic_cells for edge in size], device=device)
+    field = field * _columns(cells, dims)
     for axis, edge in enumerate(size, start=2):
         weights = _spline_weights(edge, config.elastic_cells).to(device)
         field = torch.tensordot(field, weights, dims=([axis], [1])).movedim(-1, axis)

@@ -1,0 +1,64 @@
+"""Crops of a crop: the view for validation, and views of random size and place for tasks that compare several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.views.spatial import SpatialConfig, SpatialView, apply_transform, draw_transform, place_view, valid_box
+
+UNMOVED = SpatialConfig(flip=0, rotation=0, scaling=0, elastic=0)
+"""Nothing happens."""
+
+
+def centre_view(data: Tensor, valid: Tensor, size: Sequence[int]) -> SpatialView:
+    """The middle of the crop as it is, moved by what it takes to lie in the real voxels: the view of validation.
+
+    Args:
+        data: (B, C, *crop).
+        valid: (B, 1, *crop), bool.
+        size: Voxels of the view per axis.
+    """
+    as_it_is = torch.eye(len(size), device=valid.device).expand(len(valid), -1, -1)
+    return apply_transform(data, valid, place_view(valid, as_it_is, None, size))
+
+
+def random_crop(
+    data: Tensor,
+    valid: Tensor,
+    spacing: Tensor,
+    random: SampleRandom,
+    scale: tuple[float, float],
+    size: Sequence[int],
+    config: SpatialConfig = UNMOVED,
+) -> SpatialView:
+    """A crop of random size and place within the real voxels, resized to a fixed number of voxels.
+
+    Its shape is that of `size`, so anatomy is magnified but not distorted. Everything happens in one resampling.
+
+    Args:
+        data: (B, C, *crop).
+        valid: (B, 1, *crop), bool.
+        spacing: (B, D) in mm.
+        random: Keyed by sample; use a child for each view.
+        scale: Smallest and largest edge as a share of the largest crop of that shape that fits, in (0, 1].
+        size: Voxels of the view per axis.
+        config: Flips, rotations and so on; a rotated crop is shrunk to stay inside.
+
+    Raises:
+        ValueError: If the scales are out of range.
+    """
+    low, high = scale
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"scale={scale} must be two numbers in (0, 1], the smaller one first.")
+    lower, upper = valid_box(valid)
+    edges = torch.tensor(size, device=valid.device)
+    share = torch.from_numpy(random.uniform("crop_scale", low, high)).to(valid.device)
+    zoom = share * ((upper - lower) / (edges - 1).clamp(min=1)).amin(1)
+    place = torch.from_numpy(random.uniform("crop_place", shape=(len(edges),))).to(valid.device)
+    inside = replace(config, inside=True)
+    return apply_transform(data, valid, draw_transform(valid, spacing, random, inside, size, zoom, place))
