@@ -34,7 +34,7 @@ class OptimConfig:
     clip: float = 12.0
     """Largest allowed norm of the whole gradient; 0 switches clipping off. nnU-Net's value."""
     decay_vectors: bool = True
-    """Whether biases, normalisation weights and other one-dimensional parameters decay as well (nnU-Net: yes; ViT recipes: no)."""
+    """Whether one-dimensional parameters (biases, normalisation) decay as well. nnU-Net: yes; ViT recipes: no."""
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adamw"):

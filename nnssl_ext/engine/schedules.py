@@ -1,8 +1,8 @@
 """Learning-rate schedules as pure functions of the optimiser step.
 
 A schedule is a factor in [0, 1] on the peak learning rate. Steps count from 0, so a run of `total` steps asks for
-`0 .. total - 1`. A warm-up of `w` steps climbs in equal rises of `1 / (w + 1)` and the curve after it begins at exactly 1:
-the peak is reached by one more such rise, never by a jump.
+`0 .. total - 1`. A warm-up of `w` steps climbs in equal rises of `1 / (w + 1)` and the curve after it begins at exactly
+1: the peak is reached by one more such rise, never by a jump.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class ScheduleConfig:
     """How the learning rate moves over a run. The default is nnU-Net's polynomial decay, taken per optimiser step."""
 
     name: Literal["poly", "cosine", "constant", "sawtooth"] = "poly"
-    """Shape after the warm-up: `poly`, `cosine`, `constant`, or `sawtooth` (a tooth for the heads, then one for all)."""
+    """Shape after the warm-up: `poly`, `cosine`, `constant`, or `sawtooth` (a tooth for the heads, then for all)."""
     warmup_steps: int = 0
     """Optimiser steps of linear warm-up, 0 or more."""
     warmup_limit: float = 0.1
@@ -29,7 +29,7 @@ class ScheduleConfig:
     final_factor: float = 0.0
     """Factor that the cosine ends at, in [0, 1]."""
     head_steps: int = 0
-    """Length of the sawtooth's first tooth, in which the encoder rests; its first half is warm-up. Other shapes ignore it."""
+    """Steps of the sawtooth's first tooth, in which the encoder rests; its first half is warm-up."""
 
     def __post_init__(self) -> None:
         if self.name not in ("poly", "cosine", "constant", "sawtooth"):

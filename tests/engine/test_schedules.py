@@ -1,6 +1,7 @@
 """Schedules: hand-computed values, no jump after the warm-up, short runs leave their warm-up."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -26,11 +27,11 @@ def test_cosine_meets_its_middle_and_its_floor() -> None:
 def test_warmup_reaches_the_peak_in_equal_rises(name: str) -> None:
     """A warm-up that stops at half the rate and then jumps is a known fault of published code."""
     values = curve(ScheduleConfig(name=name, warmup_steps=9), 200)
-    rises = [after - before for before, after in zip(values[:10], values[1:10])]
+    rises = [after - before for before, after in pairwise(values[:10])]
     assert values[0] == pytest.approx(0.1)
     assert rises == pytest.approx([0.1] * 9)
     assert values[9] == max(values) == 1.0
-    assert all(after <= before for before, after in zip(values[9:], values[10:]))
+    assert all(after <= before for before, after in pairwise(values[9:]))
 
 
 def test_a_short_run_leaves_its_warmup() -> None:

@@ -1,0 +1,244 @@
+"""`nnssl_train`: pretrain a plan's network with a method."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnssl_ext.cli.common import command
+
+if TYPE_CHECKING:
+    from nnssl_ext.engine.run import RunSettings, RunSpec
+
+DESCRIPTION = "Pretrain the network of a plan on preprocessed scans, without labels."
+STOPPED = 75
+EPILOG = f"""examples:
+  nnssl_train 1 3d_fullres -tr MAETrainer
+  nnssl_train 1 3d_fullres -tr MAETrainer --set mask_ratio=0.6 optim.lr=1e-3 -tag sparse
+  nnssl_train 1 3d_fullres -tr MAETrainer --c                 go on where it was stopped or killed
+  nnssl_train 1 3d_fullres -tr MAETrainer -num_gpus 4         4 GPUs of this machine; the batch size is per GPU
+  torchrun --nnodes 2 --nproc-per-node 4 ... -m nnssl_ext.cli.train 1 3d_fullres -tr MAETrainer
+
+SIGTERM and SIGUSR1 write a checkpoint after the step in hand and end the command with exit status {STOPPED}: the same
+command with --c goes on. Status 0: the run is finished. 2: something must be changed first; the message says what.
+"""
+DEFAULT_GPU_WORKERS = 4
+KIBIBYTE = 2**10
+GIBIBYTE = 2**30
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `nnssl_train`."""
+    parse = argparse.ArgumentParser(
+        "nnssl_train",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parse.add_argument
+    add("dataset", nargs="?", help="id or name of the dataset, such as 1 or Dataset001_Scans")
+    add("configuration", nargs="?", help="configuration of the plans, such as 3d_fullres")
+    add("-tr", "--trainer", default="MAETrainer", help="method (default: %(default)s); --list shows all")
+    add("-p", "--plans", default="nnsslPlans", help="name of the plans (default: %(default)s)")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the method; -tr NAME --describe shows them",
+    )
+    add("-tag", "--tag", help="name of this variant in the results folder (default with --set: a short hash)")
+    add(
+        "--c", dest="resume", action="store_true", help="go on with the run that is there, or begin where there is none"
+    )
+    add("--list", action="store_true", help="show every method, one line each, and leave")
+    add("--describe", action="store_true", help="show the settings of the method with defaults and meanings, and leave")
+    length = parse.add_argument_group("length and batch (short for --set)")
+    length.add_argument("-num_epochs", "--num_epochs", type=int, help="epochs of the run")
+    length.add_argument("-steps_per_epoch", "--steps_per_epoch", type=int, help="optimiser steps of an epoch")
+    length.add_argument(
+        "-batch_size", "--batch_size", type=int, help="samples per step and device (default: the plan's)"
+    )
+    _add_machine(parse.add_argument_group("machine"))
+    return parse
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-device", "--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("-num_gpus", "--num_gpus", type=int, default=1, help="processes to start, one per GPU (default: %(default)s)")
+    add(
+        "-num_workers",
+        "--num_workers",
+        type=int,
+        help=f"processes that read crops, per GPU (default: {DEFAULT_GPU_WORKERS}, on a CPU 0)",
+    )
+    add(
+        "--precision",
+        default="auto",
+        help="auto, bf16, fp16 or fp32 (default: bf16, else fp16, on a GPU; fp32 on a CPU)",
+    )
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--channels_last", action="store_true", help="keep tensors with the channels last")
+    add("--deterministic", action="store_true", help="reproducible kernels: a resumed run on a GPU is bitwise the same")
+    add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
+    add("--save_every", type=int, default=10, help="epochs between checkpoints (default: %(default)s)")
+    add("--no_tensorboard", action="store_true", help="write no TensorBoard events")
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `nnssl_train`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parse = parser()
+    args = parse.parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if args.list:
+        _list_trainers()
+    elif args.describe:
+        _describe(args.trainer)
+    elif args.dataset is None or args.configuration is None:
+        parse.error("give a dataset and a configuration, such as: nnssl_train 1 3d_fullres -tr MAETrainer")
+    else:
+        raise SystemExit(_train(args, arguments))
+
+
+def _list_trainers() -> None:
+    from nnssl_ext.engine.task import TRAINERS
+
+    names = TRAINERS.names()
+    width = max(map(len, names))
+    for name in names:
+        info = TRAINERS.get(name).task.info
+        print(f"{name:{width}}  {info.idea} [{', '.join(sorted(info.encoders))}; {info.paper}]")
+
+
+def _describe(name: str) -> None:
+    from nnssl_ext.core.records import describe
+    from nnssl_ext.engine.task import TRAINERS
+
+    trainer = TRAINERS.get(name)
+    info = trainer.task.info
+    print(f"{name}: {info.idea}\n{info.paper}; backbones: {', '.join(sorted(info.encoders))}\n")
+    for row in describe(trainer()):
+        setting = row.name.removeprefix("task_config.")
+        print(f"  {setting} = {row.default}  ({row.type})")
+        print(f"      {' '.join(row.doc.split())}")
+    print(f"\nChange any of them: nnssl_train DATASET CONFIGURATION -tr {name} --set NAME=VALUE ...")
+
+
+def _train(args: argparse.Namespace, arguments: list[str]) -> int:
+    from dataclasses import replace
+
+    from nnssl_ext.core.logs import configure_logging
+    from nnssl_ext.engine.distributed import current_world
+    from nnssl_ext.engine.loop import Outcome, pretrain
+
+    world = current_world()
+    if args.num_gpus > 1 and world.size == 1:
+        return _start_processes(args, arguments)
+    if world.main:
+        configure_logging()
+    spec = replace(_spec(args), memory_gb=free_memory(_device(args)))
+    return STOPPED if pretrain(spec) is Outcome.STOPPED else 0
+
+
+def _start_processes(args: argparse.Namespace, arguments: list[str]) -> int:
+    """Refuse here what would be refused in every process, then start them.
+
+    The memory is left to them: asking for it would hold some of the first GPU's for as long as they run.
+    """
+    from nnssl_ext.engine.distributed import World, torchrun
+    from nnssl_ext.engine.loop import prepare
+
+    prepared = prepare(_spec(args), World(size=args.num_gpus, local_rank=args.num_gpus - 1))
+    status, stopped = torchrun(args.num_gpus, arguments)
+    return STOPPED if stopped and prepared.folder.latest.exists() else status
+
+
+def _spec(args: argparse.Namespace) -> RunSpec:
+    from dataclasses import replace
+
+    from nnssl_ext.core.paths import find_dataset, preprocessed_root, run_folder
+    from nnssl_ext.engine.run import RunSpec
+    from nnssl_ext.engine.task import TRAINERS
+    from nnssl_ext.planners.plan import Plan
+
+    dataset = find_dataset(args.dataset, preprocessed_root())
+    plan = Plan.load(dataset / f"{args.plans}.json")
+    configuration = plan.configuration(args.configuration)
+    if args.batch_size is not None:
+        if args.batch_size < 1:
+            raise ValueError(f"batch_size={args.batch_size} must be 1 or more.")
+        configuration = replace(configuration, batch_size=args.batch_size)
+    lengths = {name: getattr(args, name) for name in ("num_epochs", "steps_per_epoch")}
+    short = [f"{name}={value}" for name, value in lengths.items() if value is not None]
+    return RunSpec(
+        trainer=TRAINERS.get(args.trainer).configured([*args.set, *short]),
+        plan=plan,
+        configuration=configuration,
+        data_folder=dataset / configuration.data_identifier,
+        folder=run_folder(dataset.name, _run_trainer_name(args), plan.plans_name, configuration.name),
+        settings=_settings(args),
+        resume=args.resume,
+    )
+
+
+def _run_trainer_name(args: argparse.Namespace) -> str:
+    """The trainer's name in the results folder: with a tag where settings were changed."""
+    import hashlib
+
+    tag = args.tag
+    if tag is None and args.set:
+        tag = hashlib.sha256("\n".join(sorted(args.set)).encode()).hexdigest()[:6]
+    if tag is not None and not tag.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise ValueError(f"tag {tag!r} is not allowed: use letters, digits, '-', '_' and '.'.")
+    return args.trainer if tag is None else f"{args.trainer}-{tag}"
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _settings(args: argparse.Namespace) -> RunSettings:
+    from nnssl_ext.core.records import from_dict
+    from nnssl_ext.engine.run import RunSettings
+
+    device = _device(args)
+    workers = 0 if device == "cpu" else min(DEFAULT_GPU_WORKERS, os.cpu_count() or 1)
+    values = {
+        "device": device,
+        "precision": args.precision,
+        "compile": args.compile,
+        "channels_last": args.channels_last,
+        "deterministic": args.deterministic,
+        "num_workers": workers if args.num_workers is None else args.num_workers,
+        "seed": args.seed,
+        "save_every": args.save_every,
+        "tensorboard": not args.no_tensorboard,
+    }
+    return from_dict(RunSettings, values, "command line")
+
+
+def free_memory(device: str) -> float | None:
+    """Memory in GiB that a device has free; None where the system does not tell."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0] / GIBIBYTE if torch.cuda.is_available() else None
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
+    return int(lines["MemAvailable"].split()[0]) * KIBIBYTE / GIBIBYTE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""The pretraining loop: it runs any task, and a run that is killed and resumed gives the same numbers.
+
+An epoch is a number of optimiser steps, then a pass over fixed validation crops of held-out patients, then records and,
+now and then, a checkpoint. Everything random is a function of the seed and the step, so a checkpoint needs no generator
+states: the states of task, optimiser and scaler, the step, and the sums of the unfinished epoch are all there is.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import islice
+from typing import Any
+
+import torch
+
+from nnssl_ext.core.random import seed_of
+from nnssl_ext.core.records import write_json
+from nnssl_ext.dataset.splits import Split
+from nnssl_ext.engine.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
+from nnssl_ext.engine.device import kernels, resolve_device, resolve_precision
+from nnssl_ext.engine.distributed import World, any_rank, current_world, process_group
+from nnssl_ext.engine.run import (
+    RunFolder,
+    RunSpec,
+    check_existing,
+    check_identity,
+    check_memory,
+    check_patch,
+    content_hashes,
+    identity,
+    load_or_make_split,
+    log_file,
+    validation_cases,
+    write_config,
+)
+from nnssl_ext.engine.signals import StopRequest
+from nnssl_ext.engine.steps import Meter, Stepper, Validation
+from nnssl_ext.engine.timing import Stopwatch
+from nnssl_ext.engine.tracking import Bar, Tracker
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.loading.loader import PatchLoader
+from nnssl_ext.preprocessing.store import Store
+
+logger = logging.getLogger(__name__)
+
+MAX_VALIDATION_WORKERS = 2
+MILLION = 1e6
+
+
+class Outcome(Enum):
+    """How a call of `pretrain` ended."""
+
+    FINISHED = "finished"
+    """The run is complete and `checkpoint_final.pth` is there."""
+    STOPPED = "stopped"
+    """A signal asked it to stop; a checkpoint to go on from is there."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    epoch: int = 0
+    """Finished epochs: trained, validated and recorded."""
+    step: int = 0
+    """Optimiser steps taken."""
+    best_loss: float = math.inf
+    """Lowest validation loss so far."""
+    meter: Meter = field(default_factory=Meter)
+    """Sums of the epoch in hand."""
+
+    def state(self) -> dict[str, Any]:
+        """Builtins for a checkpoint."""
+        sums, counts = dict(self.meter.sums), dict(self.meter.counts)
+        return {"epoch": self.epoch, "step": self.step, "best_loss": self.best_loss, "sums": sums, "counts": counts}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """What `state` gave."""
+        meter = Meter(dict(state["sums"]), dict(state["counts"]))
+        return cls(state["epoch"], state["step"], state["best_loss"], meter)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that nothing speaks against."""
+
+    folder: RunFolder
+    """Where it goes."""
+    store: Store
+    """Its data."""
+    split: Split
+    """Its cases."""
+    device: torch.device
+    """Where this process trains."""
+    precision: str
+    """The resolved precision."""
+    finished: bool
+    """Whether it has already been trained to the end."""
+
+
+def prepare(spec: RunSpec, world: World) -> Prepared:
+    """Check everything that can be refused before the first step; write nothing.
+
+    Args:
+        spec: The run.
+        world: This process among those that will train.
+
+    Raises:
+        ValueError: For a run that is there already, other settings than those it was started with, a patch that is not
+            divisible, too few cases or patients, a device that is not there, or too little memory.
+        FileNotFoundError: Where the data is not preprocessed.
+    """
+    folder = RunFolder(spec.folder)
+    check_existing(folder, spec.resume)
+    device = resolve_device(spec.settings.device, world)
+    precision = resolve_precision(spec.settings.precision, device)
+    check_identity(folder, identity(spec, world.size, precision))
+    check_patch(spec.configuration)
+    check_memory(spec, precision)
+    store = Store.open(spec.data_folder)
+    split = load_or_make_split(spec, store, folder)
+    return Prepared(folder, store, split, device, precision, folder.final.exists())
+
+
+def pretrain(spec: RunSpec) -> Outcome:
+    """Pretrain as `spec` says, from the start or from the last checkpoint.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        ValueError: What `prepare` refuses, a step that runs out of memory, or training that diverged.
+        FileNotFoundError: Where the data is not preprocessed.
+    """
+    world = current_world()
+    prepared = prepare(spec, world)
+    if prepared.finished:
+        logger.info("The run in %s is finished; there is nothing to go on with.", spec.folder)
+        return Outcome.FINISHED
+    device = prepared.device
+    with ExitStack() as stack:
+        stack.enter_context(kernels(spec.settings.deterministic, device))
+        stack.enter_context(process_group(world, device))
+        stop = stack.enter_context(StopRequest())
+        if world.main:
+            stack.enter_context(log_file(prepared.folder.log))
+        try:
+            return _Run(spec, prepared, world, stop).run()
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{device} is out of memory at patch {list(spec.configuration.patch_size)}, batch "
+                f"{spec.configuration.batch_size}, {prepared.precision}. Use a smaller -batch_size with "
+                f"--set accumulate=2, or plan with a lower -gpu_memory_target. {error}"
+            ) from error
+
+
+class _Run:
+    """One call of `pretrain` after the refusals."""
+
+    def __init__(self, spec: RunSpec, prepared: Prepared, world: World, stop: StopRequest) -> None:
+        self.spec, self.world, self.stop = spec, world, stop
+        self.folder, self.store, self.split = prepared.folder, prepared.store, prepared.split
+        self.device, self.precision = prepared.device, prepared.precision
+        self.trainer, self.settings = spec.trainer, spec.settings
+        self.hashes = content_hashes(self.store, self.split)
+        torch.manual_seed(seed_of(self.settings.seed, "torch", "initialisation"))
+        task = self.trainer.build_task(spec.configuration, len(self.split.train)).to(self.device)
+        self.stepper = Stepper(
+            task,
+            self.trainer,
+            device=self.device,
+            world=world,
+            seed=self.settings.seed,
+            precision=self.precision,
+            compile_task=self.settings.compile,
+            channels_last=self.settings.channels_last,
+        )
+        self.progress = self._resume()
+
+    def _resume(self) -> Progress:
+        if not self.spec.resume:
+            return Progress()
+        if not self.folder.latest.exists():
+            logger.info("No checkpoint in %s yet: starting at the beginning.", self.folder.path)
+            return Progress()
+        resume = load_checkpoint(self.folder.latest)["resume"]
+        self.stepper.task.load_state_dict(resume["task"])
+        self.stepper.load_state(resume)
+        progress = Progress.from_state(resume["progress"])
+        logger.info("Going on from epoch %d, step %d.", progress.epoch, progress.step)
+        return progress
+
+    def run(self) -> Outcome:
+        """Train to the end, or until a signal."""
+        if self.world.main:
+            self._describe()
+        with ExitStack() as stack:
+            train, val = stack.enter_context(self._loader("train")), stack.enter_context(self._loader("val"))
+            tracker = stack.enter_context(self._tracker()) if self.world.main else None
+            bar = stack.enter_context(Bar(self.trainer.total_steps, self.progress.step, self.world.main))
+            self.watch = Stopwatch(self.device)
+            batches = train.batches(self.progress.step, self.trainer.total_steps)
+            while self.progress.epoch < self.trainer.num_epochs:
+                self.watch.restart(train.wait_seconds)
+                validation = self._train_epoch(batches, train, bar) and self._validate(val)
+                if not validation:
+                    self._save_latest()
+                    logger.info("Stopped after step %d; go on with --c.", self.progress.step)
+                    return Outcome.STOPPED
+                self._finish_epoch(validation, tracker, train)
+        return Outcome.FINISHED
+
+    def _train_epoch(self, batches: Iterator[Batch], loader: PatchLoader, bar: Bar) -> bool:
+        """The steps that are left of the epoch in hand; False where a signal asked to stop."""
+        end = (self.progress.epoch + 1) * self.trainer.steps_per_epoch
+        while self.progress.step < end:
+            values = self.stepper.train_step(islice(batches, self.trainer.accumulate), self.progress.step)
+            self.progress.step += 1
+            self.progress.meter.add(values)
+            self.speed = self.watch.step(loader.wait_seconds)
+            bar.step(values["loss"], self.speed)
+            if self._stopping():
+                return False
+        return True
+
+    def _validate(self, loader: PatchLoader) -> Validation | None:
+        return self.stepper.validate(loader.batches(0, self.trainer.val_steps_per_epoch), self._stopping)
+
+    def _stopping(self) -> bool:
+        return any_rank(self.stop.requested, self.device)
+
+    def _finish_epoch(self, validation: Validation, tracker: Tracker | None, loader: PatchLoader) -> None:
+        progress, epoch = self.progress, self.progress.epoch
+        means = progress.meter.means()
+        rate = means.pop("lr")
+        train = {f"train_{name}": value for name, value in means.items()}
+        metrics = {"epoch": epoch, "step": progress.step, "lr": rate, **train, **validation.metrics}
+        progress.epoch, progress.meter = epoch + 1, Meter()
+        improved = metrics["val_loss"] < progress.best_loss
+        progress.best_loss = min(metrics["val_loss"], progress.best_loss)
+        last = progress.epoch == self.trainer.num_epochs
+        if tracker is None:
+            return
+        tracker.epoch(metrics, {"epoch": epoch, **self.speed, **self._times(loader)})
+        if validation.images is not None and (epoch == 0 or last or progress.epoch % self.settings.picture_every == 0):
+            tracker.reconstruction(epoch, validation.images, self.spec.configuration.spacing)
+        if improved:
+            save_checkpoint(self.folder.best, self._checkpoint())
+        if last:
+            save_checkpoint(self.folder.final, self._checkpoint())
+            self.folder.latest.unlink(missing_ok=True)
+        elif progress.epoch % self.settings.save_every == 0:
+            self._save_latest()
+
+    def _times(self, loader: PatchLoader) -> dict[str, float]:
+        statistics = loader.statistics()
+        degraded = statistics.num_degraded / max(statistics.num_crops, 1)
+        times = self.watch.epoch(self.trainer.total_steps - self.progress.step)
+        return {**times, "degraded_crop_share": degraded, "mean_foreground": statistics.mean_foreground}
+
+    def _save_latest(self) -> None:
+        if not self.world.main:
+            return
+        resume = {
+            "task": self.stepper.task.state_dict(),
+            "progress": self.progress.state(),
+            **self.stepper.state(),
+        }
+        save_checkpoint(self.folder.latest, self._checkpoint(resume))
+
+    def _checkpoint(self, resume: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return build_checkpoint(
+            self.stepper.task, self.trainer, self.spec.plan, content_hashes=self.hashes, resume=resume
+        )
+
+    def _loader(self, part: str) -> PatchLoader:
+        train = part == "train"
+        configuration, trainer = self.spec.configuration, self.trainer
+        num_crops = trainer.val_steps_per_epoch * configuration.batch_size * self.world.size
+        seed, workers = self.settings.seed, self.settings.num_workers
+        return PatchLoader(
+            self.store,
+            self.split.train if train else validation_cases(self.split, num_crops, seed),
+            configuration.patch_size,
+            configuration.batch_size,
+            seed=seed_of(seed, "loader", part),
+            num_workers=workers if train else min(workers, MAX_VALIDATION_WORKERS),
+            min_foreground=trainer.min_foreground,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            accumulate=trainer.accumulate if train else 1,
+            parent_scale=self.stepper.task.parent_scale,
+        )
+
+    def _tracker(self) -> Tracker:
+        return Tracker(
+            self.folder.path,
+            self.spec.title,
+            self.trainer.num_epochs,
+            self.progress.epoch,
+            tensorboard=self.settings.tensorboard,
+        )
+
+    def _describe(self) -> None:
+        """Write what the run is before it starts."""
+        write_config(self.folder, self.spec, self.world.size, self.precision)
+        write_json(self.folder.splits, {"train": list(self.split.train), "val": list(self.split.val)})
+        write_json(self.folder.hashes, {"content_hashes": self.hashes})
+        configuration, trainer = self.spec.configuration, self.trainer
+        batch = f"{configuration.batch_size} x {self.world.size} ranks x {trainer.accumulate} accumulated"
+        parameters = sum(parameter.numel() for parameter in self.stepper.parameters) / MILLION
+        logger.info("%s, in %s", self.spec.title, self.folder.path)
+        logger.info("%d training and %d validation cases; batch %s", len(self.split.train), len(self.split.val), batch)
+        logger.info(
+            "Patch %s; %.1f M parameters; %s on %s",
+            "x".join(map(str, configuration.patch_size)),
+            parameters,
+            self.precision,
+            self.device,
+        )

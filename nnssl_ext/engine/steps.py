@@ -1,0 +1,236 @@
+"""One optimiser step and one pass over the validation crops."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnssl_ext.core.random import SampleRandom, seed_of
+from nnssl_ext.engine.device import autocast, loss_scaler
+from nnssl_ext.engine.distributed import World, gather, mean_over_ranks
+from nnssl_ext.engine.monitors import FeatureMonitor, summarise
+from nnssl_ext.engine.optim import build_optimizer, parameter_groups, set_learning_rate
+from nnssl_ext.engine.schedules import schedule_factor
+from nnssl_ext.engine.task import PretextTask, PretrainTrainer, StepOutput
+from nnssl_ext.loading.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_STEPS = 3
+"""Steps in a row whose loss or gradient may be non-finite before the run gives up."""
+
+
+@dataclass
+class Meter:
+    """Sums of named numbers over the steps of an epoch, exact enough to be saved and gone on with."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Adds one step's numbers; a name may be missing in some steps, a number that is not finite is left out."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each name over the steps that had it."""
+        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a pass over the validation crops found."""
+
+    metrics: dict[str, float]
+    """Means of `val_loss` and `val_*`, and the feature monitors."""
+    images: Mapping[str, torch.Tensor] | None
+    """Pictures of the first batch, on this rank."""
+
+
+class Stepper:
+    """A task with its optimiser, on a device, in a precision, in a world.
+
+    Args:
+        task: Already on its device.
+        trainer: The resolved recipe.
+        device: Where it trains.
+        world: This process among the others.
+        seed: Of the run.
+        precision: A resolved precision.
+        compile_task: Whether torch.compile compiles the forward pass.
+        channels_last: Whether tensors lie in memory with the channels last.
+    """
+
+    def __init__(
+        self,
+        task: PretextTask,
+        trainer: PretrainTrainer,
+        *,
+        device: torch.device,
+        world: World,
+        seed: int,
+        precision: str,
+        compile_task: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        self.task, self.trainer, self.device, self.world, self.seed = task, trainer, device, world, seed
+        self.precision = precision
+        self.memory_format = _memory_format(task.configuration.dims, channels_last)
+        task.to(memory_format=self.memory_format)
+        groups = parameter_groups(task.named_parameters(), trainer.optim, task.lr_scale)
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = build_optimizer(groups, trainer.optim)
+        self.scaler = loss_scaler(precision, device)
+        self.plain: nn.Module = torch.compile(task) if compile_task else task  # type: ignore[assignment]
+        self.module = self.plain if world.size == 1 else _distributed(self.plain, device)
+        self.skipped_in_a_row = 0
+
+    def train_step(self, batches: Iterable[Batch], step: int) -> dict[str, float]:
+        """One optimiser step over `accumulate` batches.
+
+        Args:
+            batches: The micro-batches of this step, of equal size.
+            step: Optimiser step from 0.
+
+        Returns:
+            `loss`, the task's metrics, `gradient_norm` and `lr`, averaged over micro-batches and ranks.
+
+        Raises:
+            ValueError: Where loss or gradient were not finite `MAX_SKIPPED_STEPS` times in a row.
+        """
+        self.task.train()
+        self._reseed("train", step)
+        total = self.trainer.total_steps
+        peak, schedule = self.trainer.optim.lr, self.trainer.schedule
+        rate = set_learning_rate(self.optimizer, peak, lambda role: schedule_factor(schedule, step, total, role))
+        self.optimizer.zero_grad(set_to_none=True)
+        values, seen = self._backward(list(batches), step)
+        norm = self._update()
+        values = {**values, "gradient_norm": norm, "lr": rate}
+        self._check_finite(values, step, seen)
+        with torch.no_grad():
+            self.task.after_step(step, total)
+        return values
+
+    def _backward(self, batches: Sequence[Batch], step: int) -> tuple[dict[str, float], list[str]]:
+        outputs = []
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            random = SampleRandom(self.seed, step, batch.samples).child("train")
+            with nullcontext() if last else self._no_sync():
+                output = self._forward(batch, random, train=True)
+                self.scaler.scale(output.loss / len(batches)).backward()
+            outputs.append(_scalars(output))
+        return self._average(outputs), [case for batch in batches for case in batch.cases]
+
+    def _forward(self, batch: Batch, random: SampleRandom, train: bool) -> StepOutput:
+        batch = batch.to(self.device)
+        with torch.no_grad():
+            views = {name: self._laid_out(view) for name, view in self.task.views(batch, random, train).items()}
+        with autocast(self.precision, self.device):
+            return (self.module if train else self.plain)(views)
+
+    def _update(self) -> float:
+        clip = self.trainer.optim.clip or math.inf
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
+        if self.scaler.is_enabled() or math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
+
+    def _check_finite(self, values: Mapping[str, float], step: int, cases: Sequence[str]) -> None:
+        numbers = [values["loss"]] if self.scaler.is_enabled() else [values["loss"], values["gradient_norm"]]
+        if all(map(math.isfinite, numbers)):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        logger.warning("Step %d skipped: loss or gradient is not finite on cases %s.", step, ", ".join(cases))
+        if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
+            raise ValueError(
+                f"The loss or its gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row, up to step {step}: "
+                f"training diverged. Lower the learning rate (now {values['lr']:.3g}), for example "
+                f"--set optim.lr={self.trainer.optim.lr / 2:.3g}, or train with --precision fp32."
+            )
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch], stop: Callable[[], bool]) -> Validation | None:
+        """Evaluate the task on validation crops in eval mode, without augmentation, with the same draws every epoch.
+
+        Args:
+            batches: Of the validation loader.
+            stop: Asked after every batch; the same on every rank.
+
+        Returns:
+            Means over all batches and ranks with the feature monitors; None where it was stopped.
+        """
+        self.task.eval()
+        self._reseed("validation", 0)
+        meter, monitor, images = Meter(), FeatureMonitor(), None
+        for batch in batches:
+            batch = batch.to(self.device)
+            random = SampleRandom(self.seed, 0, batch.samples).child("validation")
+            output = self._forward(batch, random, train=False)
+            meter.add(self._average([_scalars(output)]))
+            with autocast(self.precision, self.device):
+                monitor.add(self.task.encoder, self._laid_out(batch.data), batch.valid, batch.cases)
+            images = output.images if images is None else images
+            if stop():
+                return None
+        metrics = {f"val_{name}": value for name, value in meter.means().items()}
+        return Validation(metrics | summarise(gather(monitor.state())), images)
+
+    def _average(self, outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+        names = sorted(outputs[0])
+        rows = torch.stack([torch.stack([output[name] for name in names]) for output in outputs])
+        return dict(zip(names, mean_over_ranks(rows.mean(0)).tolist(), strict=True))
+
+    def _laid_out(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim != self.task.configuration.dims + 2 or not tensor.is_floating_point():
+            return tensor
+        return tensor.contiguous(memory_format=self.memory_format)
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
+
+    def _reseed(self, purpose: str, step: int) -> None:
+        torch.manual_seed(seed_of(self.seed, "torch", purpose, step, self.world.rank))
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs of the optimiser and the scaler."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def _memory_format(dims: int, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last_3d if dims == 3 else torch.channels_last
+
+
+def _distributed(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def _scalars(output: StepOutput) -> dict[str, torch.Tensor]:
+    return {"loss": output.loss.detach().float(), **{n: v.detach().float() for n, v in output.metrics.items()}}
