@@ -1,0 +1,311 @@
+"""nnU-Net's trainer with the schedules, the splits and the seed of a plans file made by `nnssl_plan_finetuning`.
+
+The network, the loss and the augmentation are nnU-Net's own, so a checkpoint says that it was trained by `nnUNetTrainer` and
+`nnUNetv2_predict` needs nothing of this package. What differs: crops and augmentation are seeded per batch, the learning rate
+moves with every step, the encoder may rest or learn more slowly, folds are the explicit ones of the plans file, and whole
+volumes are validated in this process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from time import time
+from typing import Any
+
+import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nnssl_ext.core.records import atomic_path
+from nnssl_ext.engine.optim import build_optimizer, parameter_groups, set_learning_rate
+from nnssl_ext.finetuning.batches import IndexedBatches, iterate, seed_everything
+from nnssl_ext.finetuning.config import read_config
+from nnssl_ext.finetuning.layers import layer_scales
+from nnssl_ext.finetuning.schedules import encoder_is_frozen, rate_factor
+from nnssl_ext.finetuning.validation import predict_cases, score_cases
+from nnssl_ext.finetuning.weights import load_weights
+
+METRICS_FILE = "finetuning_metrics.jsonl"
+_CUDA = torch.device("cuda")
+
+
+class SSLFinetuneTrainer(nnUNetTrainer):
+    """Fine-tunes a pretrained network, or trains its baseline from scratch, as the plans' `nnssl_finetuning` says.
+
+    The arguments are nnU-Net's. The pretrained weights named in the plans are loaded when the network is built, so
+    `-pretrained_weights` is not needed. Per epoch, a line goes to `finetuning_metrics.jsonl` in the fold's folder.
+    """
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = _CUDA
+    ) -> None:
+        self.config = read_config(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = self.config.lr
+        self.weight_decay = self.config.weight_decay
+        self.num_epochs = self.config.num_epochs
+        self.num_iterations_per_epoch = self.config.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.config.val_iterations_per_epoch
+        self.save_every = self.config.save_every
+        self.step = 0
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON line per epoch: losses, pseudo Dice, learning rates, seconds; and any early validation."""
+        return Path(self.output_folder) / METRICS_FILE
+
+    def initialize(self) -> None:
+        """Builds the seeded network and loads the pretrained weights that the plans name.
+
+        Raises:
+            FileNotFoundError: If the weights are not beside the plans.
+            ValueError: If they do not fit the network.
+        """
+        seed_everything(self.config.seed, str(self.fold), "network")
+        super().initialize()
+        if self.config.pretrained_weights is not None:
+            file = Path(self.preprocessed_dataset_folder_base) / self.config.pretrained_weights
+            load_weights(self.bare_network, file)
+            self.print_to_log_file(f"Pretrained weights: {file}")
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network.module if self.is_ddp else self.network
+        return getattr(network, "_orig_mod", network)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
+        """The plans' optimiser over groups by part and depth; learning rates are set at every step, without a scheduler."""
+        named = [(name.removeprefix("_orig_mod."), value) for name, value in self.network.named_parameters()]
+        scales = layer_scales((name for name, _ in named), self.config.layer_decay)
+        groups = parameter_groups(named, self.config.optim, scales.__getitem__)
+        return build_optimizer(groups, self.config.optim), None
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Training and validation ids of this fold, from the plans; fold `all` trains and validates on every case.
+
+        Raises:
+            ValueError: If the plans do not have this fold.
+            FileNotFoundError: If a case has not been preprocessed.
+        """
+        present = set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+        if self.fold == "all":
+            return sorted(present), sorted(present)
+        splits = self.config.splits
+        if not 0 <= int(self.fold) < len(splits):
+            raise ValueError(
+                f"fold {self.fold} is not in the plans: they list folds 0 to {len(splits) - 1}, or use 'all'"
+            )
+        split = splits[int(self.fold)]
+        missing = sorted({*split.train, *split.val} - present)
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} cases of fold {self.fold} are not in {self.preprocessed_dataset_folder}, such as "
+                f"{missing[0]}. Preprocess again: nnssl_plan_finetuning with the same name"
+            )
+        return list(split.train), list(split.val)
+
+    @staticmethod
+    def get_training_transforms(*args: Any, **kwargs: Any) -> Any:
+        """nnU-Net's augmentation; its blur does not time two implementations to choose one, since their numbers differ."""
+        transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        for transform in transforms.transforms:
+            if isinstance(transform, RandomTransform) and isinstance(transform.transform, GaussianBlurTransform):
+                transform.transform.benchmark = False
+        return transforms
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Iterators over training batches from the current epoch on, and over the same validation batches every epoch."""
+        workers = _num_workers(self.device)
+        pin = self.device.type == "cuda"
+        key = (self.config.seed, str(self.fold), self.local_rank)
+        first = self.current_epoch * self.num_iterations_per_epoch
+        train, val = self._plain_loaders()
+        steps = range(first, self.config.total_steps)
+        val_steps = itertools.cycle(range(self.num_val_iterations_per_epoch))
+        return (
+            iterate(IndexedBatches(train, *key, "train"), steps, workers, pin),
+            iterate(IndexedBatches(val, *key, "val"), val_steps, (workers + 1) // 2, pin),
+        )
+
+    def _plain_loaders(self) -> tuple[Any, Any]:
+        """The data loaders that nnU-Net builds, taken out of its augmenters."""
+        saved = os.environ.get("nnUNet_n_proc_DA")
+        os.environ["nnUNet_n_proc_DA"] = "0"
+        try:
+            train, val = super().get_dataloaders()
+        finally:
+            if saved is None:
+                del os.environ["nnUNet_n_proc_DA"]
+            else:
+                os.environ["nnUNet_n_proc_DA"] = saved
+        return train.data_loader, val.data_loader
+
+    def plot_network_architecture(self) -> None:
+        """Draws nothing: nnU-Net's drawing needs a package that no longer works."""
+
+    def on_train_start(self) -> None:
+        """Prepares data and folders as nnU-Net does, and cuts the metrics back to where the run goes on."""
+        super().on_train_start()
+        if self.local_rank == 0:
+            lines = self.metrics_file.read_text().splitlines() if self.metrics_file.is_file() else []
+            kept = [line for line in lines if json.loads(line)["epoch"] < self.current_epoch]
+            self.metrics_file.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_train_epoch_start(self) -> None:
+        """Seeds what the network itself draws in this epoch and logs the learning rate of its first step."""
+        self.network.train()
+        self.step = self.current_epoch * self.num_iterations_per_epoch
+        seed_everything(self.config.seed, str(self.fold), self.local_rank, "epoch", self.current_epoch)
+        rate = self._prepare_step()
+        self.print_to_log_file(f"Epoch {self.current_epoch}, learning rate {rate:.3g}")
+        self.logger.log("lrs", rate, self.current_epoch)
+
+    def _prepare_step(self) -> float:
+        """Sets the learning rates of this step and wakes or freezes the encoder; returns the largest rate."""
+        frozen = encoder_is_frozen(self.config, self.step)
+        parameters = list(self.bare_network.encoder.parameters())  # type: ignore[union-attr, operator]
+        if parameters[0].requires_grad == frozen:
+            for parameter in parameters:
+                parameter.requires_grad_(not frozen)
+                parameter.grad = None
+            if self.is_ddp:  # DDP fixes at construction which gradients it waits for
+                self.network = DistributedDataParallel(self.network.module, device_ids=[self.local_rank])
+        return set_learning_rate(self.optimizer, self.config.lr, lambda role: rate_factor(self.config, self.step, role))
+
+    def train_step(self, batch: dict) -> dict:
+        """One optimiser step at the learning rate of its place in the run."""
+        self._prepare_step()
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = [level.to(self.device, non_blocking=True) for level in _as_list(batch["target"])]
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
+            output = self.network(data)
+            loss = self.loss(output, target if self.enable_deep_supervision else target[0])
+        self._descend(loss)
+        self.step += 1
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def _descend(self, loss: torch.Tensor) -> None:
+        limit = self.config.gradient_clip or math.inf
+        if self.grad_scaler is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+            self.optimizer.step()
+            return
+        self.grad_scaler.scale(loss).backward()
+        self.grad_scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def on_epoch_end(self) -> None:
+        """Logs the epoch, predicts whole volumes where due, and writes checkpoints; the curves are drawn with them."""
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        done = self.current_epoch + 1
+        last = done == self.num_epochs
+        record = self._epoch_record()
+        if self.config.validate_every and done % self.config.validate_every == 0 and not last:
+            record["validation_dice"] = self.validate(f"validation_epoch_{done}")
+        if self.local_rank == 0:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        self.print_to_log_file({name: value for name, value in record.items() if value is not None})
+        if done % self.save_every == 0 and not last:
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        ema = self.logger.get_value("ema_fg_dice", step=-1)
+        if self._best_ema is None or ema > self._best_ema:
+            self._best_ema = ema
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
+        if self.local_rank == 0 and (last or done % self.save_every == 0):
+            self.logger.plot_progress_png(self.output_folder)
+        self.current_epoch += 1
+
+    def _epoch_record(self) -> dict[str, Any]:
+        value = {name: self.logger.get_value(name, step=-1) for name in _LOGGED}
+        return {
+            "epoch": self.current_epoch,
+            "lr": float(value["lrs"]),
+            "train_loss": _finite(value["train_losses"]),
+            "val_loss": _finite(value["val_losses"]),
+            "pseudo_dice": _finite(value["mean_fg_dice"]),
+            "pseudo_dice_per_class": [_finite(dice) for dice in value["dice_per_class_or_region"]],
+            "seconds": round(value["epoch_end_timestamps"] - value["epoch_start_timestamps"], 3),
+        }
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Writes nnU-Net's checkpoint atomically, under the stock trainer's name: its network is the stock one."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        checkpoint = {
+            "network_weights": self.bare_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": nnUNetTrainer.__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+        }
+        with atomic_path(Path(filename)) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def validate(self, folder_name: str, save_probabilities: bool = False) -> float:
+        """Predicts and scores the fold's validation cases in a folder of the fold; returns the mean foreground Dice."""
+        folder = Path(self.output_folder) / folder_name
+        _, case_ids = self.do_split()
+        self.network.eval()
+        self.set_deep_supervision_enabled(False)
+        if self.local_rank == 0:
+            predict_cases(self, case_ids, folder, self.config.validation_mirroring, save_probabilities)
+            dice = float(score_cases(self, case_ids, folder)["foreground_mean"]["Dice"])
+        else:
+            dice = math.nan
+        if self.is_ddp:
+            torch.distributed.barrier()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        compute_gaussian.cache_clear()
+        return dice
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's final validation, in this process; mirrored copies only where the plans ask for them."""
+        dice = self.validate("validation", save_probabilities)
+        self.print_to_log_file(f"Mean Validation Dice: {dice}")
+
+
+_LOGGED = (
+    "lrs",
+    "train_losses",
+    "val_losses",
+    "mean_fg_dice",
+    "dice_per_class_or_region",
+    "epoch_start_timestamps",
+    "epoch_end_timestamps",
+)
+
+
+def _num_workers(device: torch.device) -> int:
+    """nnU-Net's number of augmentation processes; on a CPU none unless its variable asks for them."""
+    if device.type == "cpu" and "nnUNet_n_proc_DA" not in os.environ:
+        return 0
+    return int(get_allowed_n_proc_DA())
+
+
+def _as_list(target: Any) -> Iterable[torch.Tensor]:
+    return target if isinstance(target, list) else [target]
+
+
+def _finite(value: Any) -> float | None:
+    """A number that JSON can hold; None where nothing was there to measure."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,200 @@
+"""Pretrained weights made to fit a new network, with an account of every key.
+
+One tensor of nnU-Net's networks has several names: `conv` and `all_modules.0` are the same layer, and the decoder holds the
+encoder again. Here such names form one group, which is filled once. Where a checkpoint's aliases disagree, `all_modules`
+counts: masked-convolution pretraining (SparK) trains that one and leaves `conv` at its initial values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from nnssl_ext.core.records import atomic_path
+from nnssl_ext.finetuning.pretrained import Pretrained
+
+Transfer = Literal["encoder", "encoder_decoder"]
+Status = Literal["loaded", "adapted", "fresh", "left over"]
+HEAD = ".seg_layers."
+"""In the name of every output layer: nnU-Net never loads these."""
+FRESH_KEY = "nnssl_fresh_keys"
+"""In the weights file: the keys that were not pretrained. `SSLFinetuneTrainer` initialises them by its own seed."""
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyRow:
+    """What became of one tensor."""
+
+    key: str
+    """Its name in the new network, or in the checkpoint when it was left over."""
+    status: Status
+    """`loaded` unchanged, `adapted` to another shape, `fresh` (initialised anew), `left over` in the checkpoint."""
+    shape: tuple[int, ...]
+    """Its shape."""
+    note: str = ""
+    """Why, or how."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the same tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """A full state dict for a new network, and the account of its keys."""
+
+    weights: dict[str, torch.Tensor]
+    """Every key of the network, aliases sharing memory."""
+    rows: tuple[KeyRow, ...]
+    """One per tensor of the network, then one per tensor left over."""
+
+    @property
+    def fresh_keys(self) -> list[str]:
+        """Every name of every tensor that was initialised anew."""
+        return [name for row in self.rows if row.status == "fresh" for name in (row.key, *row.aliases)]
+
+
+def alias_groups(state: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
+    """Names that share one tensor, preferred name first: `all_modules` before `conv`, `encoder` before `decoder.encoder`."""
+    groups: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
+    for name, value in state.items():
+        place = (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape))
+        groups.setdefault(place, []).append(name)
+    return [tuple(sorted(names, key=_preference)) for names in groups.values()]
+
+
+def _preference(name: str) -> tuple[bool, bool, str]:
+    return "all_modules" not in name, name.startswith("decoder.encoder."), name
+
+
+def adapt_stem(weight: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """A stem for another number of input channels: the mean over the old channels, repeated, scaled by old / new.
+
+    An image whose channels all equal the mean of the old ones gives the old response. With one pretrained channel this is
+    upstream's rule: repeated and divided.
+
+    Args:
+        weight: (features, old channels, *kernel).
+        num_channels: New number of channels.
+    """
+    total = weight.sum(1, keepdim=True)
+    return total.expand(-1, num_channels, *total.shape[2:]).contiguous() / num_channels
+
+
+def adapt_weights(
+    pretrained: Pretrained, network: nn.Module, transfer: Transfer = "encoder", ignore: Sequence[str] = ()
+) -> Adapted:
+    """Fits a checkpoint to a network, strictly.
+
+    Args:
+        pretrained: The checkpoint.
+        network: The new network, freshly initialised; its own values serve where nothing is transferred.
+        transfer: `encoder` (stem and stages) or `encoder_decoder`. Output layers are always fresh.
+        ignore: Prefixes of checkpoint keys that may be left over without a known reason.
+
+    Raises:
+        ValueError: If a transferred part is missing, has another shape, or the checkpoint holds keys that belong nowhere.
+    """
+    state = network.state_dict()
+    weights: dict[str, torch.Tensor] = {}
+    rows: list[KeyRow] = []
+    used: set[str] = set()
+    for names in alias_groups(state):
+        part = _part(names, pretrained)
+        if part == "encoder" or (part == "decoder" and transfer == "encoder_decoder"):
+            value, row, taken = _take(names, tuple(state[names[0]].shape), pretrained)
+            used.update(taken)
+        else:
+            why = "output layer" if part == "head" else "decoder not transferred"
+            value, row = state[names[0]].clone(), _row(names, "fresh", state[names[0]], why)
+        weights.update(dict.fromkeys(names, value))
+        rows.append(row)
+    left = [key for key in pretrained.weights if key not in used]
+    rows += [_left_over(key, pretrained, set(state), transfer, ignore) for key in left]
+    return Adapted(weights={name: weights[name] for name in state}, rows=tuple(rows))
+
+
+def _part(names: Iterable[str], pretrained: Pretrained) -> Literal["encoder", "decoder", "head"]:
+    if any(HEAD in name for name in names):
+        return "head"
+    prefixes = (f"{pretrained.encoder_key}.", f"{pretrained.stem_key}.")
+    return "encoder" if any(name.startswith(prefixes) for name in names) else "decoder"
+
+
+def _row(names: Sequence[str], status: Status, value: torch.Tensor, note: str) -> KeyRow:
+    return KeyRow(key=names[0], status=status, shape=tuple(value.shape), note=note, aliases=tuple(names[1:]))
+
+
+def _take(
+    names: tuple[str, ...], shape: tuple[int, ...], pretrained: Pretrained
+) -> tuple[torch.Tensor, KeyRow, list[str]]:
+    """The checkpoint's value for one group of names, adapted where only its input channels differ."""
+    present = [name for name in names if name in pretrained.weights]
+    if not present:
+        raise ValueError(
+            f"{pretrained.name} has no {names[0]} (nor its aliases), which the network needs. The checkpoint is "
+            "incomplete or of another architecture; without a decoder, use -transfer encoder"
+        )
+    value = pretrained.weights[present[0]]
+    note = ""
+    if any(not torch.equal(value, pretrained.weights[name]) for name in present[1:]):
+        note = f"aliases disagree in the checkpoint; {present[0]} counts"
+    if tuple(value.shape) == shape:
+        return value.clone(), _row(names, "loaded", value, note), present
+    stem = {f"{key}.weight" for key in pretrained.in_proj_keys}
+    if stem.isdisjoint(names) or (value.shape[0], *value.shape[2:]) != (shape[0], *shape[2:]):
+        raise ValueError(
+            f"{names[0]} has shape {tuple(value.shape)} in {pretrained.name} but {shape} in the network; only the input "
+            "channels of the stem can be adapted"
+        )
+    adapted = adapt_stem(value, shape[1])
+    note = f"{note}; " * bool(note) + f"from {value.shape[1]} to {shape[1]} input channels"
+    return adapted, _row(names, "adapted", adapted, note), present
+
+
+def _left_over(key: str, pretrained: Pretrained, known: set[str], transfer: Transfer, ignore: Sequence[str]) -> KeyRow:
+    shape = tuple(pretrained.weights[key].shape)
+    if HEAD in key:
+        return KeyRow(key=key, status="left over", shape=shape, note="output layer of the pretraining")
+    if key in known or (transfer == "encoder" and key.startswith("decoder.")):
+        return KeyRow(key=key, status="left over", shape=shape, note="decoder not transferred")
+    if key.startswith(tuple(ignore)):
+        return KeyRow(key=key, status="left over", shape=shape, note="ignored on request")
+    raise ValueError(
+        f"{pretrained.name} holds {key} {shape}, which has no place in the network. If it may be dropped, say so: "
+        f"--ignore_keys {key.split('.')[0]}"
+    )
+
+
+def save_weights(path: Path, adapted: Adapted, citations: Sequence[str]) -> None:
+    """Writes adapted weights for nnU-Net's `-pretrained_weights`: CPU tensors, readable with `weights_only=True`."""
+    content = {"network_weights": adapted.weights, FRESH_KEY: adapted.fresh_keys, "citations": list(citations)}
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Loads what was pretrained from a file of `save_weights`; what was fresh keeps the network's own initial values.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If it does not fit the network.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no pretrained weights at {path}. Write them again: nnssl_plan_finetuning")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    fresh = set(content[FRESH_KEY])
+    state = network.state_dict()
+    weights = {key: value for key, value in content["network_weights"].items() if key not in fresh}
+    wrong = [key for key, value in weights.items() if key not in state or state[key].shape != value.shape]
+    absent = [key for key in state if key not in weights and key not in fresh and HEAD not in key]
+    if wrong or absent:
+        raise ValueError(
+            f"{path} was made for another network: {', '.join((wrong + absent)[:_SHOWN])} do not fit. "
+            "Write it again: nnssl_plan_finetuning"
+        )
+    network.load_state_dict(state | weights)
