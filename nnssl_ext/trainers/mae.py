@@ -86,12 +86,13 @@ class MAE(PretextTask):
     def forward(self, views: Views) -> StepOutput:
         """The error on hidden voxels, beside that of guessing each crop's visible mean."""
         target, hidden, valid = views["target"], views["hidden"], views["valid"]
-        masked = target.masked_fill(hidden, 0)
+        visible = ~hidden & valid
+        masked = torch.where(visible, target, 0)
         output = self.decoder(self.encoder(masked))
         loss = masked_mse(output, target, hidden, valid)
         metrics = {
             "mse": loss.detach(),
-            "mse_chance": masked_mse(_visible_mean(target, ~hidden & valid), target, hidden, valid),
+            "mse_chance": masked_mse(_visible_mean(target, visible), target, hidden, valid),
             "hidden_share": (hidden & valid).sum() / valid.sum().clamp(min=1),
         }
         images = None if self.training else {"input": target, "masked": masked, "output": output.detach()}

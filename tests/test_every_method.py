@@ -1,0 +1,254 @@
+"""What holds for every method, whatever it is: one set of tests for all registered trainers, in 2D and in 3D.
+
+Networks and crops are tiny, so a method says nothing about its merit here: only that it is built, that it learns, that
+it goes on where it stopped, and that nnU-Net takes what it made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import nn
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.core.records import describe
+from nnssl_ext.engine.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
+from nnssl_ext.engine.optim import OptimConfig, build_optimizer, parameter_groups
+from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer, StepOutput
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.planners.plan import Plan
+
+PATCHES = {2: (24, 16), 3: (16, 24, 8)}
+SMALL = {"block_size": 4}
+"""Settings that fit a method to so small a patch, for those that have them."""
+NUM_CASES = 4
+GRADIENT_STEPS = 20
+LEARNING_STEPS = 40
+NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+PLANS = {"cnn": "tiny_plan"}
+"""The fixture that plans each kind of backbone."""
+METHODS = [(name, kind) for name in TRAINERS.names() for kind in sorted(TRAINERS.get(name).task.info.encoders)]
+
+
+@pytest.fixture(params=METHODS, ids="-".join)
+def method(request) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def trainer(method: tuple[str, str]) -> PretrainTrainer:
+    cls = TRAINERS.get(method[0])
+    names = {setting.name for setting in fields(cls.task.Config)}
+    small = [f"{name}={value}" for name, value in SMALL.items() if name in names]
+    return cls.configured([*small, "num_epochs=2", f"steps_per_epoch={LEARNING_STEPS // 2}"])
+
+
+@pytest.fixture(params=sorted(PATCHES), ids=lambda dims: f"{dims}d")
+def plan(request, method: tuple[str, str]) -> Plan:
+    return request.getfixturevalue(PLANS[method[1]])(PATCHES[request.param])
+
+
+def build(trainer: PretrainTrainer, plan: Plan, seed: int = 0) -> PretextTask:
+    torch.manual_seed(seed)
+    (name,) = plan.configuration_names
+    return trainer.build_task(plan.configuration(name), NUM_CASES)
+
+
+def make_batch(task: PretextTask, step: int = 0) -> Batch:
+    """Smooth crops of as many cases as the plan's batch has, each a wave of its own; the last is partly padding."""
+    configuration = task.configuration
+    size = [round(edge * task.parent_scale) for edge in configuration.patch_size]
+    grid = torch.stack(torch.meshgrid(*(torch.arange(edge) / 4 for edge in size), indexing="ij"))
+    samples = tuple(range(step * configuration.batch_size, (step + 1) * configuration.batch_size))
+    waves = [torch.sin((grid * (1 + sample % NUM_CASES) / 2).sum(0)) for sample in samples]
+    data = torch.stack(waves)[:, None].repeat(1, configuration.num_input_channels, *[1] * len(size))
+    valid = torch.ones(len(samples), 1, *size, dtype=torch.bool)
+    valid[-1, :, -3:] = False
+    spacing = torch.tensor(configuration.spacing).expand(len(samples), -1)
+    return Batch(
+        data=data * valid,
+        valid=valid,
+        cases=tuple(f"case{sample % NUM_CASES}" for sample in samples),
+        samples=samples,
+        lower=torch.zeros(len(samples), len(size), dtype=torch.int64),
+        spacing=spacing,
+    )
+
+
+def forward(task: PretextTask, batch: Batch, step: int, train: bool) -> StepOutput:
+    random = SampleRandom(seed=1, step=step, samples=batch.samples)
+    with torch.no_grad():
+        views = task.train(train).views(batch, random, train)
+    return task(views)
+
+
+class Loop:
+    """The least that trains a task: what the engine does, without its comforts."""
+
+    def __init__(self, task: PretextTask, trainer: PretrainTrainer) -> None:
+        self.task, self.total = task, trainer.total_steps
+        self.optimizer = build_optimizer(
+            parameter_groups(task.named_parameters(), trainer.optim, task.lr_scale), trainer.optim
+        )
+
+    def step(self, step: int, batch: Batch) -> StepOutput:
+        torch.manual_seed(step)
+        output = forward(self.task, batch, step, train=True)
+        self.optimizer.zero_grad()
+        output.loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.task.after_step(step, self.total)
+        return output
+
+    def state(self) -> dict[str, Any]:
+        return {"task": self.task.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+
+def conv_biases_before_norms(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Biases that the next layer, a norm over positions, takes out again: their true gradient is 0."""
+    for child in module.modules():
+        layers = list(child.children()) if isinstance(child, nn.Sequential) else []
+        for layer, following in pairwise(layers):
+            if isinstance(following, NORMS) and getattr(layer, "bias", None) is not None:
+                yield layer.bias
+
+
+def test_settings_and_idea_are_documented(trainer):
+    assert type(trainer).__doc__
+    assert trainer.task.info.idea
+    assert trainer.task.info.paper
+    assert trainer.task.info.encoders <= {"cnn", "vit"}
+    assert all(row.doc for row in describe(trainer))
+
+
+def test_encoder_is_found_by_name(trainer, plan):
+    """Optimisers tell the encoder's parameters by their names, so it has to be assigned first."""
+    task = build(trainer, plan)
+    named = {name for name, parameter in task.named_parameters() if name.startswith("encoder.")}
+    assert len(named) == len(list(task.encoder.parameters())) > 0
+
+
+def test_loss_is_finite_and_what_is_logged_carries_no_gradient(trainer, plan):
+    task = build(trainer, plan)
+    for train in (True, False):
+        output = forward(task, make_batch(task), step=0, train=train)
+        assert output.loss.shape == ()
+        assert torch.isfinite(output.loss)
+        for values in (output.metrics, output.images or {}):
+            assert all(torch.isfinite(value).all() and not value.requires_grad for value in values.values())
+        assert all(value.ndim == task.configuration.dims + 2 for value in (output.images or {}).values())
+
+
+def test_chance_stands_beside_its_metric(trainer, plan):
+    task = build(trainer, plan)
+    metrics = forward(task, make_batch(task), step=0, train=False).metrics
+    assert all(name.removesuffix("_chance") in metrics for name in metrics)
+
+
+def test_same_draws_give_the_same_loss_and_other_draws_another(trainer, plan):
+    task = build(trainer, plan)
+    batch = make_batch(task)
+    state = {name: value.clone() for name, value in task.state_dict().items()}
+    first, second = (forward(task, batch, step=3, train=False).loss for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(torch.equal(value, state[name]) for name, value in task.state_dict().items())
+    assert not torch.equal(first, forward(task, batch, step=4, train=False).loss)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "validation"])
+def test_padding_has_no_influence(trainer, plan, train):
+    task = build(trainer, plan)
+    batch = make_batch(task)
+    spoilt = replace(batch, data=torch.where(batch.valid, batch.data, 1e4))
+    losses = [forward(task, each, step=0, train=train).loss for each in (batch, spoilt)]
+    assert torch.equal(*losses)
+
+
+def test_every_parameter_gets_a_gradient(trainer, plan):
+    """In the union of some steps: heads may begin at zero, and a step may leave some of them out."""
+    loop = Loop(build(trainer, plan), trainer)
+    exempt = {id(bias) for bias in conv_biases_before_norms(loop.task)}
+    waiting = {name: p for name, p in loop.task.named_parameters() if p.requires_grad and id(p) not in exempt}
+    assert waiting
+    for step in range(GRADIENT_STEPS):
+        loop.step(step, make_batch(loop.task, step))
+        waiting = {name: p for name, p in waiting.items() if p.grad is None or not p.grad.any()}
+        if not waiting:
+            break
+    assert list(waiting) == []
+
+
+def test_loss_falls_on_one_batch(trainer, plan):
+    fast = replace(trainer, optim=OptimConfig(name="adamw", lr=3e-3))
+    loop = Loop(build(fast, plan), fast)
+    batch = make_batch(loop.task)
+    losses = [loop.step(step, batch).loss.item() for step in range(LEARNING_STEPS)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_resuming_gives_the_very_same_numbers(trainer, plan, tmp_path: Path):
+    loop = Loop(build(trainer, plan), trainer)
+    batches = [make_batch(loop.task, step) for step in range(4)]
+    for step in (0, 1):
+        loop.step(step, batches[step])
+    saved = build_checkpoint(loop.task, trainer, plan, content_hashes=[], resume=loop.state())
+    save_checkpoint(tmp_path / "checkpoint_latest.pth", saved)
+    expected = [loop.step(step, batches[step]).loss for step in (2, 3)]
+
+    resumed = Loop(build(trainer, plan, seed=99), trainer)
+    state = load_checkpoint(tmp_path / "checkpoint_latest.pth")["resume"]
+    resumed.task.load_state_dict(state["task"])
+    resumed.optimizer.load_state_dict(state["optimizer"])
+    assert [resumed.step(step, batches[step]).loss.item() for step in (2, 3)] == [loss.item() for loss in expected]
+    pairs = zip(resumed.task.state_dict().items(), loop.task.state_dict().values(), strict=True)
+    assert all(torch.equal(value, wanted) for (_, value), wanted in pairs)
+
+
+def test_a_stock_nnunet_loads_the_export_and_computes_the_same(trainer, plan, tmp_path: Path):
+    loop = Loop(build(trainer, plan), trainer)
+    for step in range(2):
+        loop.step(step, make_batch(loop.task, step))
+    path = tmp_path / "checkpoint_final.pth"
+    save_checkpoint(path, build_checkpoint(loop.task, trainer, plan, content_hashes=[]))
+    (name,) = plan.configuration_names
+    configuration = plan.configuration(name)
+    architecture = configuration.architecture
+    network = get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        configuration.num_input_channels,
+        3,
+        deep_supervision=True,
+    )
+    load_pretrained_weights(network, str(path))
+    x = torch.randn(1, configuration.num_input_channels, *configuration.patch_size)
+    exported = loop.task.export_network()
+    with torch.no_grad():
+        outputs = network(x)
+        for mine, its in zip(loop.task.eval().encoder.feature_maps(x), network.encoder(x), strict=True):
+            assert torch.equal(mine, its)
+        network.decoder.seg_layers = exported.decoder.seg_layers
+        network.decoder.deep_supervision = False
+        assert torch.equal(network(x), exported(x))
+    assert [output.shape[1] for output in outputs] == [3, 3]
+
+
+def test_a_copy_learns_on_its_own(trainer, plan):
+    """Teachers and anchors are deep copies: a copy must hold its own weights, whole, and go on without the original."""
+    task = build(trainer, plan)
+    copy = deepcopy(task)
+    assert not {p.data_ptr() for p in task.parameters()} & {p.data_ptr() for p in copy.parameters()}
+    batch = make_batch(task)
+    assert torch.equal(*(forward(each, batch, step=0, train=False).loss for each in (task, copy)))
