@@ -69,7 +69,7 @@ def run(dataset: str, arguments: argparse.Namespace) -> None:
         fingerprint = extract_fingerprint(manifest, folder, executor)
     print(f"{manifest.dataset_name}: {len(fingerprint.cases)} of {len(manifest.cases)} cases described")
     for problem in fingerprint.problems[:SHOWN_PROBLEMS]:
-        print(f"  {problem.kind}: {problem.file}: {problem.reason}")
+        print(f"  {problem}")
     hidden = len(fingerprint.problems) - SHOWN_PROBLEMS
     if hidden > 0:
         print(f"  and {hidden} more")

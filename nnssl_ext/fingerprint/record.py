@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl_ext.core.records import from_dict, read_json, to_dict, write_json
+from nnssl_ext.dataset.integrity import Problem
 
 FINGERPRINT_FILE = "nnssl_fingerprint.json"
 
@@ -45,16 +46,6 @@ class CaseFingerprint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaseProblem:
-    """Something wrong with one file."""
-
-    case_id: str
-    file: str
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Fingerprint:
     """All readable cases of a dataset, and what is wrong with the others."""
 
@@ -68,8 +59,8 @@ class Fingerprint:
     """Over all cases, each with equal weight, by channel index; the form of nnU-Net's plans."""
     median_relative_size_after_cropping: float
     """Median share of a case's voxels inside the box of what is not zero."""
-    problems: tuple[CaseProblem, ...] = ()
-    """What integrity checks found."""
+    problems: tuple[Problem, ...] = ()
+    """What integrity checks found, in the cases that are left out and in those that are kept."""
 
     @classmethod
     def load(cls, path: Path) -> Fingerprint:
