@@ -14,8 +14,11 @@ import numpy as np
 from nnssl_ext.core.executor import Executor
 from nnssl_ext.core.logs import track
 from nnssl_ext.core.paths import find_dataset, find_dataset_name, preprocessed_root, raw_root
+from nnssl_ext.dataset.integrity import content_hash
 from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.fingerprint.foreground import FOREGROUND_RULE
+from nnssl_ext.fingerprint.record import FINGERPRINT_FILE, Fingerprint
+from nnssl_ext.imageio import read_image
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.preprocessing.case import preprocess_array
 from nnssl_ext.preprocessing.errors import StorageFullError
@@ -49,9 +52,6 @@ def preprocess_case(
         FileNotFoundError: If a file is missing.
         StorageFullError: If the disk is full.
     """
-    from nnssl_ext.dataset.integrity import content_hash
-    from nnssl_ext.imageio import read_image
-
     source = source_stamp(case)
     image, geometry = read_image(case.images)
     try:
@@ -114,6 +114,7 @@ def preprocess_dataset(
     *,
     overwrite: bool = False,
     dtype: StorageType = "float16",
+    excluded: Mapping[str, str] | None = None,
 ) -> Store:
     """Preprocesses every case that is not yet there and writes the index.
 
@@ -126,6 +127,7 @@ def preprocess_dataset(
         skip_failed: Finish with the cases that could be preprocessed; the others are named in the index.
         overwrite: Delete what is in the folder first.
         dtype: Type on disk.
+        excluded: Cases known to be unusable, and why; they count as failed without being read.
 
     Returns:
         The store.
@@ -139,13 +141,13 @@ def preprocess_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder, everything=overwrite)
     settings = storage_settings(plan, configuration, dtype)
-    done = _finished(folder, settings, manifest.cases)
-    todo = {
-        case.case_id: (case, plan, configuration, folder, dtype) for case in manifest.cases if case.case_id not in done
-    }
+    failed = dict(excluded or {})
+    cases = [case for case in manifest.cases if case.case_id not in failed]
+    done = _finished(folder, settings, cases)
+    todo = {case.case_id: (case, plan, configuration, folder, dtype) for case in cases if case.case_id not in done}
     logger.info("%s: %d cases are there, %d to preprocess", folder.name, len(done), len(todo))
     try:
-        failed = _run(folder, settings, done, todo, executor)
+        failed |= _run(folder, settings, done, todo, executor)
         _judge(failed, len(done), skip_failed)
         write_index(folder, Index(settings=settings, entries=done, failed=failed))
     except StorageFullError as error:
@@ -222,7 +224,7 @@ def _finished(folder: Path, settings: Mapping[str, Any], cases: Sequence[Case]) 
             differences = ", ".join(f"{key} (there {record.settings.get(key)}, now {settings[key]})" for key in changed)
             raise ValueError(
                 f"{folder} holds cases that were made with other settings: {differences}. Add --overwrite to make them "
-                "anew, or plan under another name (nnssl_plan_experiment --plans_name NAME)."
+                "anew, or plan under another name (nnssl_plan_experiment -overwrite_plans_name NAME)."
             )
         entries.update(record.entries)
     return {
@@ -267,11 +269,27 @@ def preprocess_configurations(
     name = find_dataset_name(dataset)
     manifest = Manifest.load(find_dataset(name, raw_root()))
     target = preprocessed_root() / name
+    excluded = _excluded_by_fingerprint(target)
     plan = Plan.load(target / f"{plans_name}.json")
     stores = []
     for configuration_name in configurations or plan.configuration_names:
         configuration = plan.configuration(configuration_name)
         folder = target / configuration.data_identifier
-        options: dict[str, Any] = {"skip_failed": skip_failed, "overwrite": overwrite, "dtype": dtype}
+        options: dict[str, Any] = {
+            "skip_failed": skip_failed,
+            "overwrite": overwrite,
+            "dtype": dtype,
+            "excluded": excluded,
+        }
         stores.append(preprocess_dataset(manifest, plan, configuration, folder, executor, **options))
     return stores
+
+
+def _excluded_by_fingerprint(folder: Path) -> dict[str, str]:
+    """The cases that the dataset's fingerprint, where there is one, found unusable or to be duplicates."""
+    path = folder / FINGERPRINT_FILE
+    if not path.is_file():
+        return {}
+    fingerprint = Fingerprint.load(path)
+    problems = (problem for problem in fingerprint.problems if problem.case_id not in fingerprint.cases)
+    return {problem.case_id: f"{problem.kind}: {problem.reason} ({problem.file})" for problem in problems}
