@@ -1,8 +1,8 @@
-"""Did pretraining help, by how much, and how sure is that: numbers turned into sentences, by rules that are written down.
+"""Did pretraining help, by how much, and how sure is that: numbers turned into sentences by written rules.
 
 An arm *helped* (or *hurt*) at a training set size when the two-level bootstrap interval of the mean Dice difference
-excludes zero and the Holm-corrected Wilcoxon test over cases is under `SIGNIFICANCE`; else the matter is *undecided*. Where
-the comparison is *unfair* (the reference learned next to nothing, or was still rising), a gain is not called one.
+excludes zero and the Holm-corrected Wilcoxon test over cases is under `SIGNIFICANCE`; else the matter is *undecided*.
+Where the comparison is *unfair* (the reference learned next to nothing, or was still rising), a gain is not called one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from nnssl_ext.evaluation.records import (
     Arm,
     Comparison,
     Convergence,
+    Evaluation,
     NumTrain,
     Outcome,
     SizeVerdict,
@@ -133,20 +134,20 @@ def certainty(rows: Sequence[Comparison], num_seeds: int) -> str:
     """What stands behind the verdict, and what the seeds cannot decide."""
     if num_seeds == 1:
         return (
-            "One seed stands behind this. The tests then speak about these trained networks, not about the method: another "
-            f"seed alone can move a mean Dice by about {TYPICAL_SEED_SPREAD} on small data, so differences under about "
-            f"{2 * TYPICAL_SEED_SPREAD} should not be believed. Give --seeds 0 1 2 or more."
+            "One seed stands behind this. The tests then speak about these trained networks, not about the method: "
+            f"another seed alone can move a mean Dice by about {TYPICAL_SEED_SPREAD} on small data, so differences "
+            f"under about {2 * TYPICAL_SEED_SPREAD} should not be believed. Give --seeds 0 1 2 or more."
         )
-    limits = [
+    limits = ", ".join(
         f"{row.undecidable_below:.3f} with {size_text(row.num_train)}"
         for row in rows
         if row.undecidable_below is not None
-    ]
-    floor = statistics.sign_test_floor(num_seeds)
+    )
     return (
-        f"{num_seeds} seeds stand behind this. The Wilcoxon test over cases speaks about these trained networks; the interval "
-        f"resamples seeds as well as cases. What {num_seeds} seeds cannot decide: Dice differences under {', '.join(limits)}; "
-        f"and a sign test over {num_seeds} seeds cannot give a p under {floor:g} even if every seed agrees."
+        f"{num_seeds} seeds stand behind this. The Wilcoxon test over cases speaks about these trained networks; the "
+        f"interval resamples seeds as well as cases. What {num_seeds} seeds cannot decide: Dice differences under "
+        f"{limits}; and a sign test over {num_seeds} seeds cannot give a p under "
+        f"{statistics.sign_test_floor(num_seeds):g} even if every seed agrees."
     )
 
 
@@ -171,3 +172,35 @@ def _p_text(p: float | None) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def warnings_about(evaluation: Evaluation, num_planned_folds: int) -> list[str]:
+    """What a reader has to know before believing the numbers."""
+    warnings = [_convergence_warning(evaluation.arm(row.arm), row) for row in evaluation.convergence]
+    reference = evaluation.reference
+    for size in evaluation.num_train:
+        row = evaluation.summary(reference.name, size, HEADLINE_METRIC)
+        if row is not None and row.mean is not None and row.mean < NEAR_ZERO_DICE:
+            warnings.append(
+                f"{_capital(reference.label)} has a mean Dice of {row.mean:.3f} with {size_text(size)}: it learned "
+                "next to nothing, so nothing can be compared with it."
+            )
+    if len(evaluation.folds) < num_planned_folds:
+        warnings.append(
+            f"Only {len(evaluation.folds)} of {num_planned_folds} folds were evaluated; the result stands on part "
+            "of the cases."
+        )
+    return [text for text in warnings if text]
+
+
+def _convergence_warning(arm: Arm, row: Convergence) -> str:
+    name, size, trend = _capital(arm.label), size_text(row.num_train), row.trend
+    if trend.state == "unknown":
+        return f"Whether {arm.label} had converged with {size} cannot be told: too few epochs were recorded."
+    if trend.state == "settled" or trend.gain is None:
+        return ""
+    what = "Dice rose" if trend.curve == "dice" else "loss fell"
+    return (
+        f"{name} was still rising with {size}: over its last {trend.epochs} epochs the validation {what} by "
+        f"{trend.gain:.3f}. Train longer before believing differences to it."
+    )

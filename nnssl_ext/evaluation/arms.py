@@ -1,0 +1,223 @@
+"""The arms of a comparison, read from their plans files, and the checks that make the comparison a fair one.
+
+An arm whose plans hold `nnssl_finetuning` is trained by `SSLFinetuneTrainer`, on training subsets and seeds of its own.
+Any other plans file is *plain nnU-Net*: the stock trainer, all training cases, no seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnssl_ext.core.records import read_json
+from nnssl_ext.dataset.splits import Split
+from nnssl_ext.evaluation.records import Arm, NumTrain, Role
+from nnssl_ext.finetuning.config import PLANS_KEY, FinetuningConfig, read_config
+from nnssl_ext.finetuning.run import DEFAULT_TRAINER
+
+PLAIN_TRAINER = "nnUNetTrainer"
+NAME_PREFIX = "ptPlans__"
+_SAME_IN_ALL_ARMS = ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch", "validation_mirroring")
+"""Fine-tuning settings that must not differ between arms: they decide the length of training or the prediction."""
+_EXPECTED_TO_DIFFER = ("splits", "seed", "pretrained_weights", "pretraining_content_hashes")
+_NETWORK_KEYS = ("patch_size", "batch_size", "spacing", "architecture")
+"""Parts of a configuration that, where they differ, are a second difference beside the pretraining."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedArm:
+    """An arm with its plans, as long as the evaluation runs."""
+
+    name: str
+    plans_path: Path
+    plans: dict[str, Any]
+    config: FinetuningConfig | None
+    """None for plain nnU-Net."""
+    trainer: str
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether its network starts from pretrained weights."""
+        return self.config is not None and self.config.pretrained_weights is not None
+
+    @property
+    def label(self) -> str:
+        """Short name: `mae` for `ptPlans__mae`."""
+        return self.name.removeprefix(NAME_PREFIX)
+
+
+def read_arm(plans_path: Path, configuration: str, plain_trainer: str = PLAIN_TRAINER) -> PlannedArm:
+    """Reads one arm.
+
+    Raises:
+        FileNotFoundError: If the plans file is missing; the message lists the plans that are there.
+        ValueError: If it has no such configuration, or its fine-tuning settings are not valid.
+    """
+    if not plans_path.is_file():
+        present = ", ".join(sorted(p.stem for p in plans_path.parent.glob("*Plans*.json"))) or "none"
+        raise FileNotFoundError(
+            f"no plans {plans_path.stem!r} in {plans_path.parent} (there: {present}). Make them with "
+            "nnssl_plan_finetuning -d DATASET -pc CHECKPOINT -n NAME, the baseline with --from_scratch"
+        )
+    plans = read_json(plans_path)
+    if configuration not in plans["configurations"]:
+        valid = ", ".join(plans["configurations"])
+        raise ValueError(f"{plans_path.name} has no configuration {configuration!r}. Valid: {valid}. Give it with -c")
+    config = read_config(plans, str(plans_path)) if PLANS_KEY in plans else None
+    trainer = plain_trainer if config is None else DEFAULT_TRAINER
+    return PlannedArm(name=plans["plans_name"], plans_path=plans_path, plans=plans, config=config, trainer=trainer)
+
+
+def choose_reference(arms: Sequence[PlannedArm], wanted: str | None) -> PlannedArm:
+    """The arm that the others are compared with: the wanted one, else the only one planned from scratch.
+
+    Raises:
+        ValueError: If there are fewer than two arms, the wanted one is not among them, or the choice is not clear.
+    """
+    names = ", ".join(arm.name for arm in arms)
+    if len({arm.name for arm in arms}) != len(arms) or len(arms) < 2:
+        raise ValueError(f"a comparison needs two or more different plans with -p (given: {names or 'none'})")
+    if wanted is not None:
+        found = [arm for arm in arms if wanted in (arm.name, arm.label)]
+        if not found:
+            raise ValueError(f"--reference {wanted!r} is not among the arms: {names}")
+        return found[0]
+    scratch = [arm for arm in arms if arm.config is not None and not arm.pretrained]
+    if len(scratch) != 1:
+        raise ValueError(
+            f"{len(scratch)} of the arms ({names}) start from scratch, so say which one to compare with: "
+            "--reference PLANS. A fair baseline is planned with nnssl_plan_finetuning ... --from_scratch"
+        )
+    return scratch[0]
+
+
+def common_splits(arms: Sequence[PlannedArm]) -> tuple[Split, ...] | None:
+    """The folds that all arms share, or None when every arm is plain nnU-Net (whose plans list no folds).
+
+    Raises:
+        ValueError: If two arms were planned with different folds.
+    """
+    planned = [arm for arm in arms if arm.config is not None]
+    for arm in planned[1:]:
+        if _as_sets(arm) != _as_sets(planned[0]):
+            raise ValueError(
+                f"{planned[0].name} and {arm.name} were planned with different folds, so their cases cannot be paired. "
+                "Plan both again with the same splits: nnssl_plan_finetuning"
+            )
+    return planned[0].config.splits if planned and planned[0].config else None
+
+
+def _as_sets(arm: PlannedArm) -> list[tuple[frozenset[str], frozenset[str]]]:
+    splits = arm.config.splits if arm.config else ()
+    return [(frozenset(split.train), frozenset(split.val)) for split in splits]
+
+
+def check_fairness(arms: Sequence[PlannedArm], reference: PlannedArm, configuration: str) -> list[str]:
+    """Refuses arms that train for different lengths; returns warnings about other differences beside the pretraining.
+
+    Raises:
+        ValueError: If an arm's length of training or way of validation differs from the reference's.
+    """
+    warnings = []
+    for arm in arms:
+        if arm is reference:
+            continue
+        if arm.config is not None and reference.config is not None:
+            for name in _SAME_IN_ALL_ARMS:
+                own, base = getattr(arm.config, name), getattr(reference.config, name)
+                if own != base:
+                    raise ValueError(
+                        f"{name} is {own} in {arm.name} and {base} in {reference.name}: arms must be trained and "
+                        "validated alike. Plan one of them again with nnssl_plan_finetuning"
+                    )
+        own, base = (a.plans["configurations"][configuration] for a in (arm, reference))
+        differing = [key for key in _NETWORK_KEYS if own.get(key) != base.get(key)]
+        if differing and arm.config is not None:
+            warnings.append(
+                f"{arm.label} and {reference.label} differ in {', '.join(differing)} besides the pretraining, so a "
+                "difference between them is not the pretraining's alone."
+            )
+    return warnings
+
+
+def find_leaks(arms: Iterable[PlannedArm], hashes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Cases whose images were pretrained on, by arm.
+
+    Args:
+        arms: The arms.
+        hashes: Content hashes of the images of each training and validation case.
+    """
+    leaks = {}
+    for arm in arms:
+        seen = set(arm.config.pretraining_content_hashes) if arm.config else set()
+        found = sorted(case for case, own in hashes.items() if seen.intersection(own))
+        if found:
+            leaks[arm.name] = found
+    return leaks
+
+
+def refuse_leaks(arms: Sequence[PlannedArm], hashes: Mapping[str, Sequence[str]], splits: Sequence[Split]) -> list[str]:
+    """Refuses an evaluation whose cases were pretrained on; returns warnings where that cannot be known.
+
+    Raises:
+        ValueError: If a validation or training case of any fold was in a pretraining set, by content.
+    """
+    for name, cases in find_leaks(arms, hashes).items():
+        validated = {case for split in splits for case in split.val}
+        held_out = [case for case in cases if case in validated]
+        kind, shown = ("validation", held_out) if held_out else ("training", cases)
+        raise ValueError(
+            f"{len(shown)} {kind} cases were in the pretraining set of {name}, such as {', '.join(shown[:3])}: their "
+            "result would not be honest. Pretrain on other images (nnssl_convert msd ... --unlabelled N makes disjoint "
+            "datasets), or leave these cases out of the folds"
+        )
+    return [
+        f"The checkpoint of {arm.label} does not say which images it was pretrained on, so it cannot be checked "
+        "whether the cases evaluated here were among them."
+        for arm in arms
+        if arm.config is not None and arm.pretrained and not arm.config.pretraining_content_hashes
+    ]
+
+
+def describe_arm(arm: PlannedArm, reference: PlannedArm, pretraining_run: Path | None, commands: Sequence[str]) -> Arm:
+    """The arm as it goes into `evaluation.json`."""
+    role: Role = "reference" if arm is reference else "arm" if arm.config is not None else "plain"
+    return Arm(
+        name=arm.name,
+        role=role,
+        trainer=arm.trainer,
+        pretrained=arm.pretrained,
+        label=arm.label,
+        weights=arm.config.pretrained_weights if arm.config else None,
+        pretraining_run=str(pretraining_run) if pretraining_run else None,
+        training=_settings(arm.config),
+        commands=tuple(commands),
+    )
+
+
+def _settings(config: FinetuningConfig | None) -> dict[str, str]:
+    if config is None:
+        return {"recipe": "nnU-Net's own"}
+    shown = (name for name in config.__dataclass_fields__ if name not in _EXPECTED_TO_DIFFER)
+    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in _fields(config, shown)}
+
+
+def _fields(config: FinetuningConfig, names: Iterable[str]) -> list[tuple[str, Any]]:
+    values = [(name, getattr(config, name)) for name in names]
+    return [(name, value) for name, value in values if value is not None]
+
+
+def check_plain(arms: Sequence[PlannedArm], num_train: Sequence[NumTrain]) -> None:
+    """Refuses plain nnU-Net where only training subsets are compared, since it always trains on all cases.
+
+    Raises:
+        ValueError: If an arm is plain and `all` is not among the sizes.
+    """
+    plain = [arm.name for arm in arms if arm.config is None]
+    if plain and "all" not in num_train:
+        raise ValueError(
+            f"{', '.join(plain)} is plain nnU-Net, which trains on all cases of a fold: add all to --num_train, or "
+            "leave it out"
+        )

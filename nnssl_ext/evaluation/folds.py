@@ -1,0 +1,214 @@
+"""Which fold runs an evaluation needs, with which cases, and which of them are still to be run.
+
+Every arm, training set size and seed has a plans file with its own name, since nnU-Net's results folder is keyed by it;
+the file holds the explicit training and validation ids of every fold, and the seed. Training subsets are nested (5
+within 20 within all), drawn by patient, and the same for all arms; validation cases are always those of the whole fold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnssl_ext.core.paths import run_name
+from nnssl_ext.core.random import seed_of
+from nnssl_ext.core.records import read_json, write_json
+from nnssl_ext.dataset.splits import Split, nested_subsets
+from nnssl_ext.evaluation.arms import PlannedArm
+from nnssl_ext.evaluation.records import NumTrain
+from nnssl_ext.evaluation.scoring import is_finished
+from nnssl_ext.finetuning.config import PLANS_KEY
+
+SPLITS_FILE = "splits_final.json"
+PLANS_FILE = "plans.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldRun:
+    """One training that the evaluation needs."""
+
+    arm: PlannedArm
+    num_train: NumTrain
+    seed: int | None
+    """None for plain nnU-Net."""
+    fold: int
+    plans_name: str
+    train_cases: tuple[str, ...]
+    val_cases: tuple[str, ...]
+    folder: Path
+    """The fold's folder in nnU-Net's results."""
+
+    @property
+    def key(self) -> str:
+        """A short name, unique within the evaluation."""
+        return f"{self.plans_name}__fold_{self.fold}"
+
+
+def sizes_from_fractions(fractions: Sequence[float], splits: Sequence[Split]) -> list[NumTrain]:
+    """Training set sizes for shares of the smallest fold's training cases, rounded up; 1.0 is `all`.
+
+    Raises:
+        ValueError: If a share is not in (0, 1].
+    """
+    smallest = min(len(split.train) for split in splits)
+    for share in fractions:
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"fraction {share:g} is not allowed; it lies above 0 and is at most 1 (all training cases)"
+            )
+    return ["all" if share == 1 else math.ceil(share * smallest) for share in fractions]
+
+
+def check_sizes(num_train: Sequence[NumTrain], splits: Sequence[Split], folds: Sequence[int]) -> None:
+    """Refuses folds and training set sizes that the splits do not have.
+
+    Raises:
+        ValueError: Naming the value and what is allowed.
+    """
+    for fold in folds:
+        if not 0 <= fold < len(splits):
+            raise ValueError(f"fold {fold} is not planned; the plans have folds 0 to {len(splits) - 1}")
+    smallest = min(len(splits[fold].train) for fold in folds)
+    for size in num_train:
+        if size != "all" and not 1 <= size < smallest:
+            raise ValueError(
+                f"--num_train {size} is not possible: the smallest of these folds has {smallest} training cases. "
+                f"Give 1 to {smallest - 1}, or all"
+            )
+
+
+def subsets_of_folds(
+    splits: Sequence[Split], subject_of: Mapping[str, str], num_train: Sequence[NumTrain], seed: int
+) -> dict[NumTrain, tuple[Split, ...]]:
+    """The folds of a seed with their training cases cut down to every size; the validation cases stay.
+
+    Which cases a subset holds depends on the seed and the fold alone, so all arms train on the same ones.
+    """
+    by_fold = [
+        nested_subsets(subject_of, split.train, list(num_train), seed=seed_of(seed, "training subset", fold))
+        for fold, split in enumerate(splits)
+    ]
+    return {
+        size: tuple(Split(train=tuple(s[size]), val=split.val) for s, split in zip(by_fold, splits, strict=True))
+        for size in num_train
+    }
+
+
+def plan_runs(
+    arms: Sequence[PlannedArm],
+    splits: Sequence[Split],
+    subject_of: Mapping[str, str],
+    *,
+    folds: Sequence[int],
+    num_train: Sequence[NumTrain],
+    seeds: Sequence[int],
+    configuration: str,
+    results: Path,
+) -> list[FoldRun]:
+    """Every run of the evaluation, ordered so that an interrupted one has finished pairs of arms.
+
+    Args:
+        arms: What is compared.
+        splits: All folds of the plans.
+        subject_of: Patient of each case.
+        folds: Indices into `splits` to be run.
+        num_train: Training set sizes.
+        seeds: Seeds; each stands for an initialisation, an order of batches and a draw of training subsets.
+        configuration: nnU-Net's configuration.
+        results: The dataset's folder in nnU-Net's results.
+    """
+    runs = []
+    for position, seed in enumerate(seeds):
+        subsets = subsets_of_folds(splits, subject_of, num_train, seed)
+        for size in num_train:
+            for fold in folds:
+                for arm in arms:
+                    plain = arm.config is None
+                    if plain and (position > 0 or size != "all"):
+                        continue
+                    name = arm.name if plain else variant_name(arm, size, seed)
+                    runs.append(
+                        FoldRun(
+                            arm=arm,
+                            num_train=size,
+                            seed=None if plain else seed,
+                            fold=fold,
+                            plans_name=name,
+                            train_cases=subsets[size][fold].train,
+                            val_cases=subsets[size][fold].val,
+                            folder=results / run_name(arm.trainer, name, configuration) / f"fold_{fold}",
+                        )
+                    )
+    return runs
+
+
+def variant_name(arm: PlannedArm, size: NumTrain, seed: int) -> str:
+    """Plans name of an arm at a size and seed, such as `ptPlans__mae__n5__s0`.
+
+    All training cases with the arm's own seed are the arm's plans themselves, so what was trained on them counts.
+    """
+    if arm.config is not None and (size, seed) == ("all", arm.config.seed):
+        return arm.name
+    return f"{arm.name}__n{size}__s{seed}"
+
+
+def check_same_settings(run: FoldRun, plans: Mapping[str, object]) -> None:
+    """Refuses results that were made with other settings than the plans have now.
+
+    nnU-Net keeps the plans that a run was started with beside its results.
+
+    Raises:
+        ValueError: If those differ from `plans`.
+    """
+    path = run.folder.parent / PLANS_FILE
+    if not path.is_file():
+        return
+    used = read_json(path)
+    keys = (PLANS_KEY, "configurations")
+    differing = [key for key in keys if used.get(key) != plans.get(key)]
+    if differing:
+        raise ValueError(
+            f"{run.folder.parent} was trained with other settings than {run.plans_name} has now (they differ in "
+            f"{_differences(used, plans, differing)}). Delete that folder to train it again, or plan the arm under "
+            "another name: nnssl_plan_finetuning -n NAME"
+        )
+
+
+def _differences(used: Mapping[str, object], now: Mapping[str, object], keys: Sequence[str]) -> str:
+    names = []
+    for key in keys:
+        first, second = used.get(key), now.get(key)
+        if isinstance(first, dict) and isinstance(second, dict):
+            names += [f"{key}.{name}" for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
+        else:
+            names.append(key)
+    return ", ".join(names)
+
+
+def ensure_plain_splits(preprocessed: Path, splits: Sequence[Split], folds: Sequence[int]) -> None:
+    """Makes stock nnU-Net train on the same folds: writes its `splits_final.json`, or checks the one that is there.
+
+    Raises:
+        ValueError: If it is there with other folds.
+    """
+    path = preprocessed / SPLITS_FILE
+    if not path.is_file():
+        write_json(path, [{"train": list(split.train), "val": list(split.val)} for split in splits])
+        return
+    stored = read_json(path)
+    for fold in folds:
+        same = fold < len(stored) and all(
+            set(stored[fold][part]) == set(getattr(splits[fold], part)) for part in ("train", "val")
+        )
+        if not same:
+            raise ValueError(
+                f"plain nnU-Net would use other folds than the planned arms: fold {fold} of {path} differs from the "
+                "plans. Plan the arms again with that file's folds, or delete it"
+            )
+
+
+def missing_runs(runs: Sequence[FoldRun]) -> list[FoldRun]:
+    """The runs that have not been trained to the end and validated."""
+    return [run for run in runs if not is_finished(run.folder)]

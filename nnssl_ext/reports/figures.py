@@ -1,0 +1,176 @@
+"""The figures of an evaluation, each as a data URI: data efficiency, folds, paired cases, learning curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nnssl_ext.evaluation.analysis import tabulate
+from nnssl_ext.evaluation.convergence import TAIL_SHARE
+from nnssl_ext.evaluation.records import MEAN_CLASS, Arm, Evaluation, NumTrain
+from nnssl_ext.evaluation.statistics import mean_over_seeds
+from nnssl_ext.reports.style import GRID, INK, MUTED, arm_colours, drawing, encode, grid_of_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SPREAD = 0.13
+"""Distance between two arms at one tick, in ticks."""
+_PANEL = 3.3
+"""Width and height of one panel, in inches."""
+_MAX_PANELS = 4
+
+
+def size_label(size: NumTrain) -> str:
+    """`5` or `all`, as a tick label."""
+    return str(size)
+
+
+def data_efficiency(evaluation: Evaluation, metric: str = "dice") -> str:
+    """Mean of a metric against the number of training cases, with intervals and one small dot per seed."""
+    sizes, colours = list(evaluation.num_train), arm_colours(evaluation.arms)
+    with drawing(7.2, 3.9) as figure:
+        axes = figure.add_subplot()
+        for index, arm in enumerate(evaluation.arms):
+            offset = (index - (len(evaluation.arms) - 1) / 2) * _SPREAD
+            _efficiency_line(axes, evaluation, arm, metric, offset, colours[arm.name])
+        axes.set_xticks(range(len(sizes)), [size_label(size) for size in sizes])
+        axes.set_xlim(-0.5, len(sizes) - 0.5)
+        axes.set_xlabel("training cases per fold")
+        axes.set_ylabel(f"mean foreground {metric_label(metric)}")
+        axes.grid(visible=False, axis="x")
+        axes.legend(loc="best")
+        return encode(figure)
+
+
+def _efficiency_line(axes: Axes, evaluation: Evaluation, arm: Arm, metric: str, offset: float, colour: str) -> None:
+    xs, ys, lows, highs = [], [], [], []
+    for position, size in enumerate(evaluation.num_train):
+        row = evaluation.summary(arm.name, size, metric)
+        if row is None or row.mean is None:
+            continue
+        low, high = (row.interval.low, row.interval.high) if row.interval else (row.mean, row.mean)
+        xs.append(position + offset)
+        ys.append(row.mean)
+        lows.append(max(0.0, row.mean - low))
+        highs.append(max(0.0, high - row.mean))
+        seeds = list(row.seed_means.values()) if len(row.seed_means) > 1 else []
+        axes.scatter([position + offset] * len(seeds), seeds, s=9, color=colour, alpha=0.45, linewidths=0, zorder=3)
+    style = "--" if arm.role == "plain" else "-"
+    axes.errorbar(
+        xs, ys, [lows, highs], fmt="o" + style, color=colour, ms=5.5, capsize=3, elinewidth=1.2, label=arm.label
+    )
+
+
+def fold_spread(evaluation: Evaluation, metric: str = "dice") -> str:
+    """Mean of each fold as a dot, the mean over cases as a bar, for every arm and size."""
+    colours = arm_colours(evaluation.arms)
+    with drawing(7.2, 3.3) as figure:
+        axes = figure.add_subplot()
+        for index, arm in enumerate(evaluation.arms):
+            offset = (index - (len(evaluation.arms) - 1) / 2) * 1.6 * _SPREAD
+            for position, size in enumerate(evaluation.num_train):
+                row = evaluation.summary(arm.name, size, metric)
+                if row is None or row.mean is None:
+                    continue
+                x, folds = position + offset, list(row.fold_means.values())
+                axes.plot([x, x], [min(folds), max(folds)], color=colours[arm.name], lw=1, alpha=0.5)
+                axes.scatter([x] * len(folds), folds, s=22, color=colours[arm.name], alpha=0.75, linewidths=0)
+                axes.plot([x - 0.06, x + 0.06], [row.mean] * 2, color=colours[arm.name], lw=2.4)
+            axes.scatter([], [], s=22, color=colours[arm.name], label=arm.label)
+        axes.set_xticks(range(len(evaluation.num_train)), [size_label(size) for size in evaluation.num_train])
+        axes.set_xlim(-0.5, len(evaluation.num_train) - 0.5)
+        axes.set_xlabel("training cases per fold")
+        axes.set_ylabel(f"mean {metric_label(metric)} of a fold")
+        axes.grid(visible=False, axis="x")
+        axes.legend(loc="best")
+        return encode(figure)
+
+
+def paired_cases(evaluation: Evaluation, arm: str, metric: str = "dice") -> str:
+    """Every case once per size: reference against arm, and the sorted differences beneath."""
+    tables = tabulate(evaluation.cases, metric, MEAN_CLASS)
+    reference = evaluation.reference
+    sizes = [s for s in evaluation.num_train if (arm, s) in tables and (reference.name, s) in tables][-_MAX_PANELS:]
+    colour = arm_colours(evaluation.arms)[arm]
+    with drawing(max(2, len(sizes)) * _PANEL, 1.75 * _PANEL) as figure:
+        rows = grid_of_axes(figure, 2, len(sizes), height_ratios=[1.55, 1])
+        for column, size in enumerate(sizes):
+            base = mean_over_seeds(tables[reference.name, size].values)
+            own = mean_over_seeds(tables[arm, size].values)
+            known = np.isfinite(base) & np.isfinite(own)
+            _scatter(rows[0][column], base[known], own[known], colour)
+            _differences(rows[1][column], own[known] - base[known], colour)
+            rows[0][column].set_title(f"{size_label(size)} training cases")
+            rows[0][column].set_xlabel(f"{reference.label}, {metric_label(metric)}")
+            rows[1][column].set_xlabel("cases, sorted")
+        rows[0][0].set_ylabel(f"{evaluation.arm(arm).label}, {metric_label(metric)}")
+        rows[1][0].set_ylabel("difference")
+        return encode(figure)
+
+
+def _scatter(axes: Axes, base: np.ndarray, own: np.ndarray, colour: str) -> None:
+    both = np.concatenate([base, own])
+    margin = 0.05 * max(float(np.ptp(both)), 0.02) if len(both) else 0.05
+    low, high = (float(both.min()) - margin, float(both.max()) + margin) if len(both) else (0.0, 1.0)
+    axes.plot([low, high], [low, high], color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+    axes.scatter(base, own, s=20, color=colour, alpha=0.7, linewidths=0)
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
+    axes.set_aspect("equal")
+
+
+def _differences(axes: Axes, differences: np.ndarray, colour: str) -> None:
+    ordered = np.sort(differences)
+    axes.bar(np.arange(len(ordered)), ordered, width=0.9, color=np.where(ordered >= 0, colour, MUTED))
+    axes.axhline(0, color=INK, lw=0.8)
+    if len(ordered):
+        axes.axhline(float(ordered.mean()), color=colour, lw=1.2, ls=(0, (4, 3)))
+    axes.set_xticks([])
+    axes.grid(visible=False, axis="x")
+
+
+def learning_curves(evaluation: Evaluation, sizes: Sequence[NumTrain]) -> str:
+    """Validation Dice and loss per epoch: the mean over an arm's runs, their range shaded, the judged tail in grey."""
+    colours = arm_colours(evaluation.arms)
+    sizes = list(sizes)[-_MAX_PANELS:]
+    with drawing(max(2, len(sizes)) * _PANEL, 1.45 * _PANEL) as figure:
+        rows = grid_of_axes(figure, 2, len(sizes), sharex="col")
+        for column, size in enumerate(sizes):
+            curves = [run.curve for run in evaluation.runs if run.num_train == size]
+            for axes in (rows[0][column], rows[1][column]):
+                _mark_tail(axes, max(len(curve.val_loss) for curve in curves))
+            for arm in evaluation.arms:
+                runs = [run for run in evaluation.runs if (run.arm, run.num_train) == (arm.name, size)]
+                _curve(rows[0][column], [run.curve.dice for run in runs], colours[arm.name], arm.label)
+                _curve(rows[1][column], [run.curve.val_loss for run in runs], colours[arm.name], arm.label)
+            rows[0][column].set_title(f"{size_label(size)} training cases")
+            rows[1][column].set_xlabel("epoch")
+        rows[0][0].set_ylabel("validation Dice (patches)")
+        rows[1][0].set_ylabel("validation loss")
+        rows[0][-1].legend(loc="lower right")
+        return encode(figure)
+
+
+def _curve(axes: Axes, curves: Sequence[Sequence[float | None]], colour: str, label: str) -> None:
+    columns = [[value for value in values if value is not None] for values in zip(*curves, strict=False)]
+    points = [(epoch, values) for epoch, values in enumerate(columns) if values]
+    if not points:
+        return
+    epochs = [epoch for epoch, _ in points]
+    axes.fill_between(epochs, [min(v) for _, v in points], [max(v) for _, v in points], color=colour, alpha=0.13, lw=0)
+    axes.plot(epochs, [sum(v) / len(v) for _, v in points], color=colour, label=label)
+
+
+def _mark_tail(axes: Axes, num_epochs: int) -> None:
+    if num_epochs:
+        start = num_epochs - math.ceil(TAIL_SHARE * num_epochs)
+        axes.axvspan(start, num_epochs - 1, color=GRID, alpha=0.5, lw=0, zorder=0)
+
+
+def metric_label(metric: str) -> str:
+    """A metric's name as it is written in the report."""
+    return {"dice": "Dice", "nsd": "NSD", "hd95": "HD95 (mm)"}[metric]

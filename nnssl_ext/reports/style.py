@@ -1,0 +1,89 @@
+"""One look for all figures: colours of arms, fonts, and pictures embedded as text."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from nnssl_ext.evaluation.records import Arm
+
+INK = "#1f2933"
+MUTED = "#7b8794"
+GRID = "#e4e7eb"
+REFERENCE_COLOUR = "#52606d"
+ARM_COLOURS = ("#0f766e", "#b45309", "#4338ca", "#be185d", "#4d7c0f", "#0369a1")
+"""Distinguishable in the common forms of colour blindness when taken in order."""
+CLASS_COLOURS = ("#f59e0b", "#06b6d4", "#e11d48", "#84cc16", "#8b5cf6", "#f97316", "#14b8a6", "#ec4899")
+DPI = 144
+_RC: Any = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "white",
+}
+
+
+def arm_colours(arms: Sequence[Arm]) -> dict[str, str]:
+    """Colour of each arm by name: the reference is grey, the others take the palette in turn."""
+    others = [arm.name for arm in arms if arm.role != "reference"]
+    colours = {name: ARM_COLOURS[i % len(ARM_COLOURS)] for i, name in enumerate(others)}
+    return {arm.name: colours.get(arm.name, REFERENCE_COLOUR) for arm in arms}
+
+
+@contextmanager
+def drawing(width: float, height: float) -> Iterator[Figure]:
+    """A figure of the given size in inches, with the house style in force while it is drawn.
+
+    It is drawn by Agg and belongs to no window, so it works without a display and needs no closing.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def grid_of_axes(figure: Figure, rows: int, columns: int, **options: Any) -> list[list[Axes]]:
+    """A grid of axes that is a list of rows also when it has a single one."""
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return [list(row) for row in axes]
+
+
+def encode(figure: Figure) -> str:
+    """A figure as a PNG data URI."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return encode_png(buffer.getvalue())
+
+
+def encode_png(content: bytes) -> str:
+    """The bytes of a PNG file as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
