@@ -29,8 +29,9 @@ class Batch:
     """Share of each crop's real voxels that is foreground, in [0, 1], by the store's coarse grid."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device. Copies run asynchronously where the source is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on a device. Copies to a GPU run in the background where the source is pinned."""
+        background = torch.device(device).type != "cpu"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=background))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, which a GPU copies from in the background."""

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import lt
 
 from typing_extensions import Self
 
@@ -98,14 +99,12 @@ class PatchLoader:
         numbers = range(start_step * self.accumulate, end_step * self.accumulate)
         requests = (self._request(number) for number in numbers)
         batches = self._pool.read(requests) if self._pool else map(read_batch, requests)
-        before = self._statistics
         for _ in numbers:
             started = time.perf_counter()
             batch = next(batches)
             self.wait_seconds += time.perf_counter() - started
             self._count(batch)
             yield batch
-        self._log_degraded(before)
 
     def _request(self, number: int) -> BatchRequest:
         first = (number * self.world_size + self.rank) * self.batch_size
@@ -119,26 +118,27 @@ class PatchLoader:
         return self._statistics
 
     def _count(self, batch: Batch) -> None:
-        old, size = self._statistics, len(batch.samples)
-        num_crops = old.num_crops + size
-        padded = int((~batch.valid.flatten(1).all(dim=1)).sum())
+        old, crop = self._statistics, (1,) * (3 - len(self.crop_size)) + self.crop_size
+        shapes = [self.store.entries[case].shape[1:] for case in batch.cases]
+        num_crops = old.num_crops + len(shapes)
         self._statistics = LoaderStatistics(
             num_crops=num_crops,
             num_degraded=old.num_degraded + sum(share < self.min_foreground for share in batch.foreground),
-            num_padded=old.num_padded + padded,
+            num_padded=old.num_padded + sum(any(map(lt, shape, crop)) for shape in shapes),
             mean_foreground=(old.mean_foreground * old.num_crops + sum(batch.foreground)) / num_crops,
         )
+        one_round = len(self.case_ids) / self.world_size
+        if old.num_crops < one_round <= num_crops:
+            self._log_first_round()
 
-    def _log_degraded(self, before: LoaderStatistics) -> None:
-        crops = self._statistics.num_crops - before.num_crops
-        degraded = self._statistics.num_degraded - before.num_degraded
-        if degraded:
-            logger.info(
-                "%d of %d crops have less than %.0f%% foreground: their cases have no better place",
-                degraded,
-                crops,
-                100 * self.min_foreground,
-            )
+    def _log_first_round(self) -> None:
+        crops = self._statistics
+        for count, what in (
+            (crops.num_degraded, f"have less than {self.min_foreground:.0%} foreground, as their cases offer no more"),
+            (crops.num_padded, f"are padded, as their cases are smaller than {self.crop_size}"),
+        ):
+            if count:
+                logger.info("In the first round over the cases %d of %d crops %s.", count, crops.num_crops, what)
 
     def close(self) -> None:
         """Stops the workers."""

@@ -12,7 +12,7 @@ import torch
 from nnssl_ext.core.random import generator
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.sampler import choose_crop
-from nnssl_ext.preprocessing.store import Store
+from nnssl_ext.preprocessing.store import SUFFIX, CorruptCaseError, Store
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_crop(
         The voxels (C, *inside) in the stored type, and where they belong in an array (C, *size).
 
     Raises:
-        CorruptCaseError: If the file cannot be read, or holds values that are not finite.
+        CorruptCaseError: If the file cannot be read; the message names it.
     """
     shape = store.entries[case_id].shape[1:]
     start = [max(0, low) for low in lower]
@@ -64,7 +64,7 @@ def read_batch(request: BatchRequest) -> Batch:
     In 2D a crop is a patch of one slice, drawn among those that have foreground enough.
 
     Raises:
-        CorruptCaseError: If a file cannot be read; the message names it.
+        CorruptCaseError: If a file cannot be read, or holds values that are not finite; the message names it.
     """
     dims = len(request.crop_size)
     size = (1,) * (3 - dims) + tuple(request.crop_size)
@@ -78,6 +78,7 @@ def read_batch(request: BatchRequest) -> Batch:
         crop = choose_crop(entry.shape[1:], size, occupancy, cell, request.min_foreground, rng)
         voxels, inside = read_crop(request.store, entry.case_id, crop.lower, size)
         data[row][inside] = torch.from_numpy(voxels)
+        _check_finite(data[row], request.store, entry.case_id)
         valid[row][inside] = True
         crops.append(crop)
     shape = data.shape[:2] + tuple(request.crop_size)
@@ -90,3 +91,12 @@ def read_batch(request: BatchRequest) -> Batch:
         spacing=torch.tensor([entry.spacing[-dims:] for entry in entries], dtype=torch.float32),
         foreground=tuple(crop.foreground for crop in crops),
     )
+
+
+def _check_finite(data: torch.Tensor, store: Store, case_id: str) -> None:
+    """The store refuses values that are not finite, so where there are some the file has changed since."""
+    if not data.sum().isfinite():  # one fast pass: float16 values cannot overflow a float32 sum
+        raise CorruptCaseError(
+            f"{store.folder / (case_id + SUFFIX)}: holds values that are not finite, so its bytes were altered since "
+            "it was written. Delete the file and run nnssl_preprocess again: it writes what is missing."
+        )

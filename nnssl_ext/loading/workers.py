@@ -155,6 +155,7 @@ def _receive(worker: _Worker, request: BatchRequest) -> Batch:
         raise _death(worker, request) from error
     if isinstance(answer, _Failure):
         raise ValueError(answer.message)
+    assert answer.samples == request.samples, "a pipe is read by one caller at a time"
     return answer
 
 
