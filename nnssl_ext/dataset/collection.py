@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.core.records import read_json, write_json
-from nnssl_ext.imageio.formats import file_ending_of
+from nnssl_ext.imageio.formats import FILE_ENDINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,12 @@ class CollectionImage:
     @property
     def case_id(self) -> str:
         """Unique over the collection, and a plain file name."""
-        name = self.name
-        if "." in name:
-            name = name[: -len(file_ending_of(Path(name)))]
-        return case_id_of(self.dataset, self.subject, self.session, name)
+        return case_id_of(self.dataset, self.subject, self.session, without_ending(self.name))
+
+
+def without_ending(name: str) -> str:
+    """A file's name without the ending of an image, if it has one."""
+    return next((name[: -len(ending)] for ending in FILE_ENDINGS if name.lower().endswith(ending)), name)
 
 
 def case_id_of(*parts: str) -> str:

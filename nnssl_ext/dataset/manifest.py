@@ -70,7 +70,7 @@ class Manifest:
             FileNotFoundError: If neither `dataset.json` nor `pretrain_data.json` is there.
             ValueError: If a file is malformed, there are no cases, or an environment variable in a path is not set.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()
         collection = read_collection(folder / COLLECTION_FILE) if (folder / COLLECTION_FILE).is_file() else None
         if (folder / DATASET_FILE).is_file():
             manifest = _from_dataset_json(folder)
@@ -152,8 +152,8 @@ def _from_dataset_json(folder: Path) -> Manifest:
     missing = [key for key in ("channel_names", "file_ending") if key not in content]
     if missing:
         raise ValueError(
-            f"{path} lacks {' and '.join(missing)}. A Medical Segmentation Decathlon folder becomes a raw dataset with: "
-            f"nnssl_convert msd {folder} -d ID"
+            f"{path} lacks {' and '.join(missing)}. If {folder} is from the Medical Segmentation Decathlon, "
+            f"convert it: nnssl_convert msd {folder} -d ID"
         )
     channels = tuple(str(content["channel_names"][key]) for key in sorted(content["channel_names"], key=int))
     find = _referenced_cases if "dataset" in content else _listed_cases

@@ -1,0 +1,325 @@
+"""Whether the files of a dataset are what training needs, found out before hours are spent on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nnssl_ext.core.executor import Executor
+from nnssl_ext.core.logs import track
+from nnssl_ext.dataset.manifest import Case, Manifest
+from nnssl_ext.imageio import Geometry, Header, read_header, read_image, read_segmentation
+from nnssl_ext.imageio.nifti import check_whole, is_nifti, stored_spacing
+
+MIN_SPACING_MM = 1e-3
+"""A voxel of a micrometre: finer than any CT or MR scanner, clinical or micro."""
+MAX_SPACING_MM = 100.0
+"""Ten centimetres between voxels: coarser than any scan that shows anatomy."""
+MAX_EXTENT_MM = 5000.0
+"""Five metres: longer than a whole-body scan, so the spacing is in another unit."""
+GEOMETRY_TOLERANCE = 1e-3
+"""Difference in spacing and origin (mm) and in direction cosines below which a label map lies on its image."""
+KINDS = (
+    "missing",
+    "unreadable",
+    "empty",
+    "constant",
+    "non_finite",
+    "2d_among_3d",
+    "4d",
+    "spacing",
+    "channels",
+    "duplicate",
+    "label_geometry",
+    "label_values",
+)
+"""Every kind of problem."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with one file."""
+
+    case_id: str
+    file: Path
+    reason: str
+    kind: str
+    """One of `KINDS`."""
+
+    def __str__(self) -> str:
+        return f"{self.case_id}: {self.reason} [{self.kind}] ({self.file})"
+
+
+@dataclass(frozen=True)
+class IntegrityReport:
+    """What is wrong with a dataset."""
+
+    problems: tuple[Problem, ...]
+    """Sorted by case; a case whose content another case has too is listed as a duplicate."""
+    duplicates: tuple[tuple[str, ...], ...]
+    """Groups of case ids that share a channel's voxels."""
+    hashes: dict[str, tuple[str, ...]]
+    """Case id to one content hash per channel; empty where the case could not be read."""
+
+    @property
+    def faulty_cases(self) -> frozenset[str]:
+        """Cases to leave out: every one with a problem, of duplicates all but the first."""
+        return frozenset(problem.case_id for problem in self.problems)
+
+    def summary(self) -> str:
+        """One line per kind, then one line per problem."""
+        if not self.problems:
+            return f"{len(self.hashes)} cases, no problem found"
+        counts = Counter(problem.kind for problem in self.problems)
+        found = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+        heading = f"{len(self.hashes)} cases, {len(self.faulty_cases)} of them with problems: {found}"
+        return "\n".join([heading, *map(str, self.problems)])
+
+
+def content_hash(channel: np.ndarray) -> str:
+    """SHA-256 of a channel's shape and float32 values, as hex: equal for equal voxels, whatever the file's format.
+
+    Args:
+        channel: (Z, Y, X).
+    """
+    values = np.ascontiguousarray(channel, dtype="<f4")
+    digest = hashlib.sha256(repr(values.shape).encode())
+    digest.update(values.data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedCase:
+    """One case, read and checked."""
+
+    problems: list[Problem]
+    image: np.ndarray | None = None
+    """(C, Z, Y, X), float32; None where it could not be read."""
+    geometry: Geometry | None = None
+    """Of the image."""
+    hashes: tuple[str, ...] = ()
+    """One content hash per channel."""
+
+
+def read_checked(case: Case, num_channels: int, label_values: frozenset[int] | None = None) -> CheckedCase:
+    """Reads one case and finds what is wrong with it by itself.
+
+    Args:
+        case: Its files.
+        num_channels: Channels that the dataset has.
+        label_values: Values that a label map may hold; None where they are not checked.
+    """
+    header, problems = _check_headers(case, num_channels)
+    if header is None:
+        return CheckedCase(problems=problems)
+    try:
+        for file in filter(is_nifti, case.images):
+            check_whole(file, every_byte=True)
+        image, geometry = read_image(case.images)
+    except ValueError as error:
+        return CheckedCase(problems=[*problems, Problem(case.case_id, case.images[0], str(error), "unreadable")])
+    problems += check_voxels(case, image)
+    if case.label is not None:
+        problems += _check_label(case, case.label, header, label_values)
+    hashes = tuple(content_hash(channel) for channel in image)
+    return CheckedCase(problems=problems, image=image, geometry=geometry, hashes=hashes)
+
+
+def check_case(
+    case: Case, num_channels: int, label_values: frozenset[int] | None = None
+) -> tuple[tuple[str, ...], list[Problem]]:
+    """The content hashes and problems of `read_checked`: no hash where the images could not be read."""
+    checked = read_checked(case, num_channels, label_values)
+    return checked.hashes, checked.problems
+
+
+def check_voxels(case: Case, image: np.ndarray) -> list[Problem]:
+    """Lists channels whose values cannot be learned from.
+
+    Args:
+        case: Where the image comes from.
+        image: (C, Z, Y, X).
+    """
+    problems = []
+    for index, channel in enumerate(image):
+        file = case.images[min(index, len(case.images) - 1)]
+        finite = np.isfinite(channel)
+        if not finite.all():
+            reason = f"{channel.size - int(finite.sum())} of {channel.size} voxels are NaN or infinite"
+            problems.append(Problem(case.case_id, file, reason, "non_finite"))
+        elif channel.min() == channel.max():
+            kind = "empty" if channel.flat[0] == 0 else "constant"
+            problems.append(Problem(case.case_id, file, f"every voxel is {channel.flat[0]:g}", kind))
+    return problems
+
+
+def check_dataset(manifest: Manifest, executor: Executor) -> IntegrityReport:
+    """Reads every case of a dataset, in parallel, and lists what is wrong.
+
+    Args:
+        manifest: The dataset.
+        executor: Where the cases are read.
+    """
+    num_channels, values = len(manifest.channel_names), manifest.label_values if manifest.labels else None
+    tasks = {case.case_id: (case, num_channels, values) for case in manifest.cases}
+    problems: list[Problem] = []
+    hashes: dict[str, tuple[str, ...]] = {}
+    depth: dict[str, int] = {}
+    for result in track(executor.run(_inspect, tasks), len(tasks), "checking files"):
+        if result.error is not None:
+            file = manifest.case(result.key).images[0]
+            hashes[result.key] = ()
+            problems.append(Problem(result.key, file, result.error.splitlines()[0], "unreadable"))
+            continue
+        hashes[result.key], found, slices = result.value
+        problems += found
+        if slices is not None:
+            depth[result.key] = slices
+    hashes = dict(sorted(hashes.items()))
+    duplicates = find_duplicates(hashes)
+    problems += _duplicate_problems(manifest, duplicates)
+    problems += find_odd_dimensions(manifest, depth)
+    return IntegrityReport(tuple(sorted(problems, key=lambda p: (p.case_id, p.kind))), duplicates, hashes)
+
+
+def find_duplicates(hashes: Mapping[str, Iterable[str]]) -> tuple[tuple[str, ...], ...]:
+    """Groups of cases that share a channel's content.
+
+    Args:
+        hashes: Case id to content hashes.
+    """
+    holders: dict[str, set[str]] = {}
+    for case_id, values in hashes.items():
+        for value in values:
+            holders.setdefault(value, set()).add(case_id)
+    return tuple(sorted({tuple(sorted(group)) for group in holders.values() if len(group) > 1}))
+
+
+def find_odd_dimensions(manifest: Manifest, depth: Mapping[str, int]) -> list[Problem]:
+    """Lists single slices among volumes, or volumes among single slices, whichever are fewer.
+
+    Args:
+        manifest: The dataset.
+        depth: Case id to number of slices.
+    """
+    flat = [case_id for case_id, slices in depth.items() if slices == 1]
+    deep = [case_id for case_id, slices in depth.items() if slices > 1]
+    odd = flat if len(flat) <= len(deep) else deep
+    if not flat or not deep:
+        return []
+    problems = []
+    for case_id in odd:
+        kind_of_rest = "volumes" if odd is flat else "2D images"
+        reason = f"it has {depth[case_id]} slice(s), while most of the dataset are {kind_of_rest}"
+        problems.append(Problem(case_id, manifest.case(case_id).images[0], reason, "2d_among_3d"))
+    return problems
+
+
+def _inspect(
+    case: Case, num_channels: int, label_values: frozenset[int] | None
+) -> tuple[tuple[str, ...], list[Problem], int | None]:
+    """What the main process needs of a checked case: the voxels stay in the worker, the number of slices does not."""
+    checked = read_checked(case, num_channels, label_values)
+    return checked.hashes, checked.problems, None if checked.image is None else checked.image.shape[1]
+
+
+def _duplicate_problems(manifest: Manifest, groups: Sequence[tuple[str, ...]]) -> list[Problem]:
+    return [
+        Problem(case_id, manifest.case(case_id).images[0], f"same voxels as {first}", "duplicate")
+        for first, *others in groups
+        for case_id in others
+    ]
+
+
+def _check_headers(case: Case, num_channels: int) -> tuple[Header | None, list[Problem]]:
+    """What the headers tell; the first header is None where the voxels need not be read any more."""
+    problems: list[Problem] = []
+    headers: list[Header] = []
+    for file in case.images:
+        try:
+            header = read_header(file)
+        except FileNotFoundError:
+            problems.append(Problem(case.case_id, file, "the file does not exist", "missing"))
+            continue
+        except ValueError as error:
+            problems.append(Problem(case.case_id, file, str(error), "unreadable"))
+            continue
+        headers.append(header)
+        problems += _check_spacing(case.case_id, file, header)
+    if len(headers) < len(case.images) or not headers:
+        return None, problems or [Problem(case.case_id, Path(), "it has no image", "missing")]
+    faults = _check_channels(case, headers, num_channels)
+    return (None if faults else headers[0]), problems + faults
+
+
+def _check_channels(case: Case, headers: Sequence[Header], num_channels: int) -> list[Problem]:
+    first, file = headers[0], case.images[0]
+    found = sum(header.num_components for header in headers)
+    for header, path in zip(headers, case.images, strict=True):
+        if header.dimension == 4 and found != num_channels:
+            reason = f"a 4D file with {header.num_components} volumes, the dataset has {num_channels} channel(s)"
+            return [Problem(case.case_id, path, f"{reason}; split it into one file per channel", "4d")]
+    if found != num_channels:
+        return [Problem(case.case_id, file, f"{found} channel(s), the dataset has {num_channels}", "channels")]
+    for header, path in zip(headers[1:], case.images[1:], strict=True):
+        if header.shape != first.shape:
+            reason = f"its shape {header.shape} differs from {first.shape} of channel 0"
+        elif not _same_place(header, first):
+            reason = "its spacing, origin or direction differs from that of channel 0"
+        else:
+            continue
+        return [Problem(case.case_id, path, reason, "channels")]
+    return []
+
+
+def _check_spacing(case_id: str, file: Path, header: Header) -> list[Problem]:
+    spacing = header.spacing if header.shape[0] > 1 else header.spacing[1:]
+    shape = header.shape[-len(spacing) :]
+    stored = stored_spacing(file) if is_nifti(file) else spacing
+    if not all(np.isfinite(value) and value > 0 for value in stored):
+        reason = f"its header holds the voxel size {stored} mm, which readers replace or turn positive"
+    elif min(spacing) < MIN_SPACING_MM or max(spacing) > MAX_SPACING_MM:
+        reason = f"a spacing of {spacing} mm (z, y, x); {MIN_SPACING_MM} to {MAX_SPACING_MM:g} mm is plausible"
+    elif max(length * value for length, value in zip(shape, spacing, strict=True)) > MAX_EXTENT_MM:
+        reason = f"{shape} voxels of {spacing} mm span more than {MAX_EXTENT_MM / 1000:g} m"
+    else:
+        return []
+    return [Problem(case_id, file, reason, "spacing")]
+
+
+def _same_place(one: Header, other: Header) -> bool:
+    pairs = (
+        (one.spacing, other.spacing),
+        (one.geometry.origin, other.geometry.origin),
+        (one.geometry.direction, other.geometry.direction),
+    )
+    return all(len(a) == len(b) and np.allclose(a, b, rtol=0, atol=GEOMETRY_TOLERANCE) for a, b in pairs)
+
+
+def _check_label(case: Case, file: Path, image: Header, values: frozenset[int] | None) -> list[Problem]:
+    try:
+        header = read_header(file)
+        if is_nifti(file):
+            check_whole(file, every_byte=True)
+        labels, _ = read_segmentation(file)
+    except FileNotFoundError:
+        return [Problem(case.case_id, file, "the label map does not exist", "missing")]
+    except ValueError as error:
+        return [Problem(case.case_id, file, str(error), "label_values" if "label" in str(error) else "unreadable")]
+    if header.shape != image.shape:
+        reason = f"the label map has shape {header.shape}, the image {image.shape}"
+        return [Problem(case.case_id, file, reason, "label_geometry")]
+    problems = []
+    if not _same_place(header, image):
+        reason = "the label map's spacing, origin or direction differs from the image's"
+        problems.append(Problem(case.case_id, file, reason, "label_geometry"))
+    unknown = set(np.unique(labels).tolist()) - set(values if values is not None else np.unique(labels).tolist())
+    if unknown:
+        reason = f"label values {sorted(unknown)} that dataset.json does not name"
+        problems.append(Problem(case.case_id, file, reason, "label_values"))
+    return problems
