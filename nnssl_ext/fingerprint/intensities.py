@@ -65,7 +65,7 @@ def pool_statistics(cases: Sequence[IntensityStatistics], quantiles: Sequence[Se
     per_case = int(np.clip(MAX_POOLED // len(cases), len(QUANTILE_LEVELS), MAX_POOLED_PER_CASE))
     levels = (np.arange(per_case) + 0.5) / per_case
     pooled = np.concatenate([np.interp(levels, QUANTILE_LEVELS, values) for values in quantiles])
-    low, median, high = np.percentile(pooled, PERCENTILES)
+    low, median, high = np.percentile(pooled, PERCENTILES, method="hazen")  # the i-th of n lies at (i + .5) / n
     means, deviations = np.array([case.mean for case in cases]), np.array([case.std for case in cases])
     return IntensityStatistics(
         mean=float(means.mean()),
