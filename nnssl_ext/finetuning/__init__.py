@@ -1,1 +1,1 @@
-"""Fine-tuning in nnU-Net: plans and weights for its stock trainer, and a trainer with schedules for pretrained networks."""
+"""Fine-tuning in nnU-Net: plans and weights for its stock trainer, and a trainer with schedules for pretraining."""

@@ -1,7 +1,7 @@
-"""Training batches that are a function of their index: nnU-Net's loader and augmentation, seeded before every batch.
+"""Training batches that are a function of their index: nnU-Net's loader and augmentation, seeded before each one.
 
-nnU-Net draws crops and augmentation from three global generators and lets its workers race. Here batch `i` of a run is the
-same whichever worker makes it and whether or not the run was interrupted before it.
+nnU-Net draws crops and augmentation from three global generators and lets its workers race. Here batch `i` of a run is
+the same whichever worker makes it and whether or not the run was interrupted before it.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class FinetuningConfig:
     validate_every: int = 0
     """Epochs between two predictions of whole validation volumes during training; 0: only at the end."""
     validation_mirroring: bool = False
-    """Whether the validation averages over mirrored copies (2 to 8 times the work). `nnUNetv2_predict` does by default."""
+    """Whether whole volumes are predicted mirrored too, as `nnUNetv2_predict` does: 8 times as slow in 3D."""
     pretraining_content_hashes: tuple[str, ...] = ()
     """Content hashes of the images that the weights were pretrained on, by which an evaluation finds leaks."""
 

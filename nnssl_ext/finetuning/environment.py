@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 KINDS = ("raw", "preprocessed", "results")
+TRAINER_VARIABLE = "nnUNet_extTrainer"
+"""Folders in which nnU-Net looks for trainers that it does not have itself."""
 SHIM_FOLDER = Path(__file__).resolve().parents[1] / "nnunet_shim"
 
 
@@ -46,8 +48,8 @@ def exports() -> dict[str, str]:
         ValueError: If a folder is set neither for nnU-Net nor for us.
     """
     variables = {f"nnUNet_{kind}": str(nnunet_root(kind)) for kind in KINDS}
-    folders = [folder for folder in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if folder]
+    folders = [folder for folder in os.environ.get(TRAINER_VARIABLE, "").split(os.pathsep) if folder]
     shim = str(SHIM_FOLDER)
-    variables["nnUNet_extTrainer"] = os.pathsep.join([*(f for f in folders if f != shim), shim])
+    variables[TRAINER_VARIABLE] = os.pathsep.join([*(f for f in folders if f != shim), shim])
     variables["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
     return variables

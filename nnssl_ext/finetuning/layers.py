@@ -9,7 +9,7 @@ _STAGE = re.compile(r"^encoder\.stages\.(\d+)\.")
 
 
 def depth_of(name: str, num_stages: int) -> int:
-    """Stages between the input and a parameter: 0 for the stem, i + 1 for encoder stage i, `num_stages` + 1 after it."""
+    """Depth of a parameter: 0 for the stem, i + 1 for encoder stage i, `num_stages` + 1 behind the encoder."""
     stage = _STAGE.match(name)
     if stage:
         return int(stage.group(1)) + 1

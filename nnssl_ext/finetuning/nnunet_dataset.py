@@ -65,8 +65,8 @@ def _check_labels(manifest: Manifest) -> None:
     for case in manifest.cases:
         if case.label is None or not case.label.is_file():
             raise FileNotFoundError(
-                f"{manifest.dataset_name}: case {case.case_id} has no label ({case.label}). Fine-tuning needs a label for "
-                "every case; an unlabelled dataset is for nnssl_train"
+                f"{manifest.dataset_name}: case {case.case_id} has no label ({case.label}). Fine-tuning needs a label "
+                "for every case; an unlabelled dataset is for nnssl_train"
             )
 
 

@@ -117,7 +117,7 @@ def plan_finetuning(
 
 
 def derive_plans(base: Path, name: str, splits: Sequence[Split], seed: int, **settings: Any) -> Path:
-    """Writes a variant of plans with other folds, another seed, and its own name, so that its results have their own folder.
+    """Writes a variant of plans with other folds and another seed, under a name of its own, which its results go by.
 
     Args:
         base: Plans of `plan_finetuning`, or any plans of nnU-Net's for a labelled dataset.

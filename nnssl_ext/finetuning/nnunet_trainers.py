@@ -1,9 +1,9 @@
 """nnU-Net's trainer with the schedules, the splits and the seed of a plans file made by `nnssl_plan_finetuning`.
 
-The network, the loss and the augmentation are nnU-Net's own, so a checkpoint says that it was trained by `nnUNetTrainer` and
-`nnUNetv2_predict` needs nothing of this package. What differs: crops and augmentation are seeded per batch, the learning rate
-moves with every step, the encoder may rest or learn more slowly, folds are the explicit ones of the plans file, and whole
-volumes are validated in this process.
+Network, loss and augmentation are nnU-Net's own, so a checkpoint says that it was trained by `nnUNetTrainer`, and
+`nnUNetv2_predict` needs nothing of this package. What differs: crops and augmentation are seeded per batch, the
+learning rate moves with every step, the encoder may rest or learn more slowly, folds are the explicit ones of the plans
+file, and whole volumes are validated in this process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import time
 from typing import Any
@@ -36,6 +37,9 @@ from nnssl_ext.finetuning.validation import predict_cases, score_cases
 from nnssl_ext.finetuning.weights import load_weights
 
 METRICS_FILE = "finetuning_metrics.jsonl"
+WORKERS_VARIABLE = "nnUNet_n_proc_DA"
+"""nnU-Net's environment variable for the number of augmentation processes."""
+_COMPILE_PREFIX = "_orig_mod."
 _CUDA = torch.device("cuda")
 
 
@@ -45,6 +49,10 @@ class SSLFinetuneTrainer(nnUNetTrainer):
     The arguments are nnU-Net's. The pretrained weights named in the plans are loaded when the network is built, so
     `-pretrained_weights` is not needed. Per epoch, a line goes to `finetuning_metrics.jsonl` in the fold's folder.
     """
+
+    network: Any
+    current_epoch: int
+    _best_ema: float | None
 
     def __init__(
         self, plans: dict, configuration: str, fold: int | str, dataset_json: dict, device: torch.device = _CUDA
@@ -61,8 +69,14 @@ class SSLFinetuneTrainer(nnUNetTrainer):
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON line per epoch: losses, pseudo Dice, learning rates, seconds; and any early validation."""
+        """One JSON line per epoch: losses, pseudo Dice, learning rate, seconds; Dice of early validations."""
         return Path(self.output_folder) / METRICS_FILE
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        return getattr(network, "_orig_mod", network)
 
     def initialize(self) -> None:
         """Builds the seeded network and loads the pretrained weights that the plans name.
@@ -78,15 +92,9 @@ class SSLFinetuneTrainer(nnUNetTrainer):
             load_weights(self.bare_network, file)
             self.print_to_log_file(f"Pretrained weights: {file}")
 
-    @property
-    def bare_network(self) -> nn.Module:
-        """The network without the wrappers of DDP and torch.compile."""
-        network = self.network.module if self.is_ddp else self.network
-        return getattr(network, "_orig_mod", network)
-
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
-        """The plans' optimiser over groups by part and depth; learning rates are set at every step, without a scheduler."""
-        named = [(name.removeprefix("_orig_mod."), value) for name, value in self.network.named_parameters()]
+        """The plans' optimiser over groups by part and depth. There is no scheduler: rates are set at every step."""
+        named = [(name.removeprefix(_COMPILE_PREFIX), value) for name, value in self.network.named_parameters()]
         scales = layer_scales((name for name, _ in named), self.config.layer_decay)
         groups = parameter_groups(named, self.config.optim, scales.__getitem__)
         return build_optimizer(groups, self.config.optim), None
@@ -103,53 +111,40 @@ class SSLFinetuneTrainer(nnUNetTrainer):
             return sorted(present), sorted(present)
         splits = self.config.splits
         if not 0 <= int(self.fold) < len(splits):
-            raise ValueError(
-                f"fold {self.fold} is not in the plans: they list folds 0 to {len(splits) - 1}, or use 'all'"
-            )
+            raise ValueError(f"fold {self.fold} is not in the plans: they list 0 to {len(splits) - 1}; or use 'all'")
         split = splits[int(self.fold)]
         missing = sorted({*split.train, *split.val} - present)
         if missing:
             raise FileNotFoundError(
                 f"{len(missing)} cases of fold {self.fold} are not in {self.preprocessed_dataset_folder}, such as "
-                f"{missing[0]}. Preprocess again: nnssl_plan_finetuning with the same name"
+                f"{missing[0]}. Preprocess them: nnssl_plan_finetuning with the same name"
             )
         return list(split.train), list(split.val)
 
     @staticmethod
     def get_training_transforms(*args: Any, **kwargs: Any) -> Any:
-        """nnU-Net's augmentation; its blur does not time two implementations to choose one, since their numbers differ."""
+        """nnU-Net's augmentation, whose blur here does not time two implementations and take the faster one.
+
+        Their numbers differ a little, so that a run would depend on the load of the machine.
+        """
         transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
         for transform in transforms.transforms:
             if isinstance(transform, RandomTransform) and isinstance(transform.transform, GaussianBlurTransform):
                 transform.transform.benchmark = False
         return transforms
 
-    def get_dataloaders(self) -> tuple[Any, Any]:
-        """Iterators over training batches from the current epoch on, and over the same validation batches every epoch."""
-        workers = _num_workers(self.device)
-        pin = self.device.type == "cuda"
+    def get_dataloaders(self) -> tuple[Iterator[dict], Iterator[dict]]:
+        """Training batches from the current epoch on, and the same validation batches in every epoch."""
+        with _environment(WORKERS_VARIABLE, "0"):  # in this process, nnU-Net's augmenters hand out their loaders
+            train, val = (augmenter.data_loader for augmenter in super().get_dataloaders())
         key = (self.config.seed, str(self.fold), self.local_rank)
-        first = self.current_epoch * self.num_iterations_per_epoch
-        train, val = self._plain_loaders()
-        steps = range(first, self.config.total_steps)
+        workers, pin = _num_workers(self.device), self.device.type == "cuda"
+        steps = range(self.current_epoch * self.num_iterations_per_epoch, self.config.total_steps)
         val_steps = itertools.cycle(range(self.num_val_iterations_per_epoch))
         return (
             iterate(IndexedBatches(train, *key, "train"), steps, workers, pin),
             iterate(IndexedBatches(val, *key, "val"), val_steps, (workers + 1) // 2, pin),
         )
-
-    def _plain_loaders(self) -> tuple[Any, Any]:
-        """The data loaders that nnU-Net builds, taken out of its augmenters."""
-        saved = os.environ.get("nnUNet_n_proc_DA")
-        os.environ["nnUNet_n_proc_DA"] = "0"
-        try:
-            train, val = super().get_dataloaders()
-        finally:
-            if saved is None:
-                del os.environ["nnUNet_n_proc_DA"]
-            else:
-                os.environ["nnUNet_n_proc_DA"] = saved
-        return train.data_loader, val.data_loader
 
     def plot_network_architecture(self) -> None:
         """Draws nothing: nnU-Net's drawing needs a package that no longer works."""
@@ -174,7 +169,7 @@ class SSLFinetuneTrainer(nnUNetTrainer):
     def _prepare_step(self) -> float:
         """Sets the learning rates of this step and wakes or freezes the encoder; returns the largest rate."""
         frozen = encoder_is_frozen(self.config, self.step)
-        parameters = list(self.bare_network.encoder.parameters())  # type: ignore[union-attr, operator]
+        parameters = list(self.bare_network.get_submodule("encoder").parameters())
         if parameters[0].requires_grad == frozen:
             for parameter in parameters:
                 parameter.requires_grad_(not frozen)
@@ -187,11 +182,10 @@ class SSLFinetuneTrainer(nnUNetTrainer):
         """One optimiser step at the learning rate of its place in the run."""
         self._prepare_step()
         data = batch["data"].to(self.device, non_blocking=True)
-        target = [level.to(self.device, non_blocking=True) for level in _as_list(batch["target"])]
+        target = [level.to(self.device, non_blocking=True) for level in batch["target"]]
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):
-            output = self.network(data)
-            loss = self.loss(output, target if self.enable_deep_supervision else target[0])
+            loss = self.loss(self.network(data), target)
         self._descend(loss)
         self.step += 1
         return {"loss": loss.detach().cpu().numpy()}
@@ -199,7 +193,7 @@ class SSLFinetuneTrainer(nnUNetTrainer):
     def _descend(self, loss: torch.Tensor) -> None:
         limit = self.config.gradient_clip or math.inf
         if self.grad_scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), limit)
             self.optimizer.step()
             return
@@ -213,34 +207,36 @@ class SSLFinetuneTrainer(nnUNetTrainer):
         """Logs the epoch, predicts whole volumes where due, and writes checkpoints; the curves are drawn with them."""
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         done = self.current_epoch + 1
-        last = done == self.num_epochs
+        last, saves = done == self.num_epochs, done % self.save_every == 0
         record = self._epoch_record()
         if self.config.validate_every and done % self.config.validate_every == 0 and not last:
             record["validation_dice"] = self.validate(f"validation_epoch_{done}")
+        self.print_to_log_file(record)
         if self.local_rank == 0:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        self.print_to_log_file({name: value for name, value in record.items() if value is not None})
-        if done % self.save_every == 0 and not last:
-            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+            if last or saves:
+                self.logger.plot_progress_png(self.output_folder)
         ema = self.logger.get_value("ema_fg_dice", step=-1)
         if self._best_ema is None or ema > self._best_ema:
             self._best_ema = ema
             self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_best.pth"))
-        if self.local_rank == 0 and (last or done % self.save_every == 0):
-            self.logger.plot_progress_png(self.output_folder)
-        self.current_epoch += 1
+        if saves and not last:
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        self.current_epoch = done
 
     def _epoch_record(self) -> dict[str, Any]:
-        value = {name: self.logger.get_value(name, step=-1) for name in _LOGGED}
+        def last(name: str) -> Any:
+            return self.logger.get_value(name, step=-1)
+
         return {
             "epoch": self.current_epoch,
-            "lr": float(value["lrs"]),
-            "train_loss": _finite(value["train_losses"]),
-            "val_loss": _finite(value["val_losses"]),
-            "pseudo_dice": _finite(value["mean_fg_dice"]),
-            "pseudo_dice_per_class": [_finite(dice) for dice in value["dice_per_class_or_region"]],
-            "seconds": round(value["epoch_end_timestamps"] - value["epoch_start_timestamps"], 3),
+            "lr": float(last("lrs")),
+            "train_loss": _finite(last("train_losses")),
+            "val_loss": _finite(last("val_losses")),
+            "pseudo_dice": _finite(last("mean_fg_dice")),
+            "pseudo_dice_per_class": [_finite(dice) for dice in last("dice_per_class_or_region")],
+            "seconds": round(last("epoch_end_timestamps") - last("epoch_start_timestamps"), 3),
         }
 
     def save_checkpoint(self, filename: str) -> None:
@@ -262,50 +258,52 @@ class SSLFinetuneTrainer(nnUNetTrainer):
             torch.save(checkpoint, temporary)
 
     def validate(self, folder_name: str, save_probabilities: bool = False) -> float:
-        """Predicts and scores the fold's validation cases in a folder of the fold; returns the mean foreground Dice."""
+        """Predicts the fold's validation cases into a folder of the fold and scores them there.
+
+        Returns:
+            Mean foreground Dice; NaN on ranks other than 0, and where no case has foreground.
+        """
         folder = Path(self.output_folder) / folder_name
         _, case_ids = self.do_split()
         self.network.eval()
         self.set_deep_supervision_enabled(False)
-        if self.local_rank == 0:
-            predict_cases(self, case_ids, folder, self.config.validation_mirroring, save_probabilities)
-            dice = float(score_cases(self, case_ids, folder)["foreground_mean"]["Dice"])
-        else:
-            dice = math.nan
+        mine = case_ids
+        if self.is_ddp:
+            mine = case_ids[self.local_rank :: torch.distributed.get_world_size()]
+        predict_cases(self, mine, folder, self.config.validation_mirroring, save_probabilities)
         if self.is_ddp:
             torch.distributed.barrier()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         compute_gaussian.cache_clear()
-        return dice
+        if self.local_rank != 0:
+            return math.nan
+        return float(score_cases(self, case_ids, folder)["foreground_mean"]["Dice"])
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's final validation, in this process; mirrored copies only where the plans ask for them."""
+        """nnU-Net's final validation, in this process; from mirrored copies too where the plans ask for it."""
         dice = self.validate("validation", save_probabilities)
         self.print_to_log_file(f"Mean Validation Dice: {dice}")
 
 
-_LOGGED = (
-    "lrs",
-    "train_losses",
-    "val_losses",
-    "mean_fg_dice",
-    "dice_per_class_or_region",
-    "epoch_start_timestamps",
-    "epoch_end_timestamps",
-)
-
-
 def _num_workers(device: torch.device) -> int:
     """nnU-Net's number of augmentation processes; on a CPU none unless its variable asks for them."""
-    if device.type == "cpu" and "nnUNet_n_proc_DA" not in os.environ:
+    if device.type == "cpu" and WORKERS_VARIABLE not in os.environ:
         return 0
     return int(get_allowed_n_proc_DA())
 
 
-def _as_list(target: Any) -> Iterable[torch.Tensor]:
-    return target if isinstance(target, list) else [target]
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    saved = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if saved is not None:
+            os.environ[name] = saved
 
 
 def _finite(value: Any) -> float | None:
-    """A number that JSON can hold; None where nothing was there to measure."""
+    """A number that JSON can hold; None where there was nothing to measure."""
     return float(value) if math.isfinite(value) else None

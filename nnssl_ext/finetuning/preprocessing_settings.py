@@ -1,4 +1,4 @@
-"""How the labelled images are prepared for a pretrained network: pure functions from checkpoint and dataset to plans keys."""
+"""How labelled images are prepared for a pretrained network: pure functions of the checkpoint and the dataset."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Preprocessing:
     """Folder of data that nnU-Net's own plans already describe, or None: named after these settings."""
 
     def identifier(self) -> str:
-        """Name of the preprocessed folder: a function of these settings, so that plans that share them share the data."""
+        """Name of the preprocessed folder: a function of these settings, so plans that share them share the data."""
         if self.data_identifier is not None:
             return self.data_identifier
         content = [getattr(self, name) for name in ("spacing", "transpose_forward", "normalization_schemes")]
@@ -121,9 +121,9 @@ def check_normalization(schemes: Sequence[str]) -> None:
     for scheme in schemes:
         if scheme not in NORMALIZATION_SCHEMES:
             raise ValueError(
-                f"the network was pretrained on images normalised by {scheme}, which the released nnU-Net does not have: it "
-                "could not repeat it in training or prediction. Use -m default_nnunet, or pretrain with one of "
-                f"{', '.join(NORMALIZATION_SCHEMES)}"
+                f"the network was pretrained on images normalised by {scheme}, which the released nnU-Net does not "
+                "have: it could not repeat it in training or prediction. Use -m default_nnunet, or pretrain with "
+                f"one of {', '.join(NORMALIZATION_SCHEMES)}"
             )
 
 
@@ -138,7 +138,7 @@ def _wanted_spacing(
         return pretrained.spacing
     if len(spacing) != dims or min(spacing) <= 0:
         raise ValueError(f"spacing {tuple(spacing)} does not fit: give {dims} positive numbers in mm")
-    return tuple(spacing) if dims == len(spacing) == 2 else tuple(spacing[axis] for axis in forward)
+    return tuple(spacing) if dims == 2 else tuple(spacing[axis] for axis in forward)
 
 
 def _per_channel(values: tuple[Any, ...], num_channels: int, pretrained: Pretrained) -> tuple[Any, ...]:
@@ -147,8 +147,8 @@ def _per_channel(values: tuple[Any, ...], num_channels: int, pretrained: Pretrai
         return values
     if len(set(values)) != 1:
         raise ValueError(
-            f"{pretrained.name} was pretrained on {len(values)} channels prepared in different ways ({', '.join(map(str, values))}); "
-            f"for {num_channels} channels use -m default_nnunet"
+            f"{pretrained.name} was pretrained on {len(values)} channels prepared in different ways "
+            f"({', '.join(map(str, values))}); for {num_channels} channels use -m default_nnunet"
         )
     return values[:1] * num_channels
 
@@ -163,8 +163,8 @@ def _resampling(pretrained: Pretrained, *, resample: bool) -> dict[str, Any]:
     function = pretrained.configuration["resampling_fn_data"]
     if function not in RESAMPLING_FUNCTIONS:
         raise ValueError(
-            f"the pretraining resampled with {function!r}, which the released nnU-Net does not have. Use -m default_nnunet, "
-            f"-m no_resample, or pretrain with one of {', '.join(RESAMPLING_FUNCTIONS)}"
+            f"the pretraining resampled with {function!r}, which the released nnU-Net does not have. Use "
+            f"-m default_nnunet, -m no_resample, or pretrain with one of {', '.join(RESAMPLING_FUNCTIONS)}"
         )
     settings: dict[str, Any] = {
         "resampling_fn_data": function,
@@ -190,8 +190,8 @@ def _intensities(pretrained: Pretrained, schemes: Sequence[str], fingerprint: Ma
         return {str(index): values[index] if same else values[0] for index in range(len(schemes))}
     if _NEEDS_STATISTICS in schemes:
         raise ValueError(
-            f"{pretrained.name} was pretrained with {_NEEDS_STATISTICS} but does not hold the intensity statistics that it "
-            "used. Use -m default_nnunet: nnU-Net then takes those of this dataset"
+            f"{pretrained.name} was pretrained with {_NEEDS_STATISTICS} but does not hold the intensity statistics "
+            "that it used. Use -m default_nnunet: nnU-Net then takes those of this dataset"
         )
     return dict(fingerprint[_INTENSITIES])
 
@@ -200,8 +200,8 @@ def _from_nnunet(plans: Mapping[str, Any], dims: int) -> Preprocessing:
     name = configuration_name(dims)
     if name not in plans.get("configurations", {}):
         raise ValueError(
-            f"nnU-Net's own plans of this dataset have no {name}, only {', '.join(plans.get('configurations', {})) or 'none'}: "
-            f"the pretrained network has {dims} dimensions and does not fit this data"
+            f"the pretrained network has {dims} dimensions, but nnU-Net's own plans of this dataset have no {name}, "
+            f"only {', '.join(plans.get('configurations', {})) or 'nothing'}"
         )
     settings = plans["configurations"][name]
     return Preprocessing(

@@ -75,8 +75,8 @@ def read_pretrained(path: Path) -> Pretrained:
     checkpoint = load_checkpoint(path)
     if "nnssl_adaptation_plan" not in checkpoint:
         raise ValueError(
-            f"{path} has no nnssl_adaptation_plan, only {', '.join(map(str, checkpoint))}: it does not say how its network "
-            "is built. Checkpoints of nnssl_train and of upstream's nnssl have one"
+            f"{path} has no nnssl_adaptation_plan, only {', '.join(map(str, checkpoint))}: it does not say how its "
+            "network is built. Checkpoints of nnssl_train and of upstream's nnssl have one"
         )
     try:
         return _pretrained(path, checkpoint, checkpoint["nnssl_adaptation_plan"])

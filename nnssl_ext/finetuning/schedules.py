@@ -21,8 +21,8 @@ def rate_factor(config: FinetuningConfig, step: int, role: Role = "rest") -> flo
         role: `encoder`, or `rest` for the decoder and its heads.
 
     Returns:
-        0 for a resting encoder. A warm-up of `w` steps rises evenly and is followed by exactly 1; the decay after it ends
-        just above 0 at the last step of its tooth.
+        0 for a resting encoder. A warm-up of `w` steps rises evenly and is followed by exactly 1; the decay after it
+        ends just above 0 at the last step of its tooth.
 
     Raises:
         ValueError: If the step lies outside the run.

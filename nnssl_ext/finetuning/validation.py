@@ -1,7 +1,7 @@
 """Prediction and scoring of whole validation volumes in this process, in nnU-Net's file formats.
 
-nnU-Net's own validation starts two pools of processes that import torch, and mirrors each volume along all axes. On a CPU
-with small volumes that takes longer than the training. What is computed is the same, with or without mirroring.
+nnU-Net's own validation starts two pools of processes that import torch, and mirrors each volume along all axes. On a
+CPU with small volumes that takes longer than the training. What is computed here is the same, mirrored on request.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def score_cases(trainer: nnUNetTrainer, case_ids: Iterable[str], folder: Path) -
     """Compares predictions with the ground truth and writes nnU-Net's `summary.json` into the folder.
 
     Returns:
-        nnU-Net's summary: `metric_per_case`, `mean` per label or region, and `foreground_mean`. A label that neither the
-        reference nor the prediction has counts as missing in a mean, as in nnU-Net.
+        nnU-Net's summary: `metric_per_case`, `mean` per label or region, and `foreground_mean`. A label that neither
+        the reference nor the prediction has counts as missing in a mean, as in nnU-Net.
 
     Raises:
         FileNotFoundError: If a prediction or its reference is missing.

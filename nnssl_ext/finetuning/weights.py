@@ -1,13 +1,13 @@
 """Pretrained weights made to fit a new network, with an account of every key.
 
-One tensor of nnU-Net's networks has several names: `conv` and `all_modules.0` are the same layer, and the decoder holds the
-encoder again. Here such names form one group, which is filled once. Where a checkpoint's aliases disagree, `all_modules`
-counts: masked-convolution pretraining (SparK) trains that one and leaves `conv` at its initial values.
+One tensor of nnU-Net's networks has several names: `conv` and `all_modules.0` are the same layer, and the decoder holds
+the encoder again. Here such names form one group, which is filled once. Where a checkpoint's aliases disagree,
+`all_modules` counts: masked-convolution pretraining (SparK) trains that one and leaves `conv` at its initial values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,12 +58,11 @@ class Adapted:
         return [name for row in self.rows if row.status == "fresh" for name in (row.key, *row.aliases)]
 
 
-def alias_groups(state: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
-    """Names that share one tensor, preferred name first: `all_modules` before `conv`, `encoder` before `decoder.encoder`."""
-    groups: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
-    for name, value in state.items():
-        place = (value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape))
-        groups.setdefault(place, []).append(name)
+def alias_groups(network: nn.Module) -> list[tuple[str, ...]]:
+    """Names of each tensor of a network, preferred first: `all_modules` before `conv`, `encoder` before its copy."""
+    groups: dict[int, list[str]] = {}
+    for name, value in network.state_dict(keep_vars=True).items():
+        groups.setdefault(id(value), []).append(name)
     return [tuple(sorted(names, key=_preference)) for names in groups.values()]
 
 
@@ -72,9 +71,9 @@ def _preference(name: str) -> tuple[bool, bool, str]:
 
 
 def adapt_stem(weight: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """A stem for another number of input channels: the mean over the old channels, repeated, scaled by old / new.
+    """A stem for another number of input channels: the sum over the old channels, repeated, divided by the new number.
 
-    An image whose channels all equal the mean of the old ones gives the old response. With one pretrained channel this is
+    Where all channels of an image are equal, the response is what it was. With one pretrained channel this is
     upstream's rule: repeated and divided.
 
     Args:
@@ -97,13 +96,16 @@ def adapt_weights(
         ignore: Prefixes of checkpoint keys that may be left over without a known reason.
 
     Raises:
-        ValueError: If a transferred part is missing, has another shape, or the checkpoint holds keys that belong nowhere.
+        ValueError: If a transferred part is missing, untrained or of another shape, or the checkpoint holds keys that
+            belong nowhere.
     """
+    if transfer == "encoder_decoder" and pretrained.trains_decoder is False:
+        raise ValueError(f"the pretraining of {pretrained.name} did not train the decoder; use -transfer encoder")
     state = network.state_dict()
     weights: dict[str, torch.Tensor] = {}
     rows: list[KeyRow] = []
     used: set[str] = set()
-    for names in alias_groups(state):
+    for names in alias_groups(network):
         part = _part(names, pretrained)
         if part == "encoder" or (part == "decoder" and transfer == "encoder_decoder"):
             value, row, taken = _take(names, tuple(state[names[0]].shape), pretrained)
@@ -148,8 +150,8 @@ def _take(
     stem = {f"{key}.weight" for key in pretrained.in_proj_keys}
     if stem.isdisjoint(names) or (value.shape[0], *value.shape[2:]) != (shape[0], *shape[2:]):
         raise ValueError(
-            f"{names[0]} has shape {tuple(value.shape)} in {pretrained.name} but {shape} in the network; only the input "
-            "channels of the stem can be adapted"
+            f"{names[0]} has shape {tuple(value.shape)} in {pretrained.name} but {shape} in the network; only the "
+            "input channels of the stem can be adapted"
         )
     adapted = adapt_stem(value, shape[1])
     note = f"{note}; " * bool(note) + f"from {value.shape[1]} to {shape[1]} input channels"
