@@ -95,7 +95,7 @@ def read_batch(request: BatchRequest) -> Batch:
 
 def _check_finite(data: torch.Tensor, store: Store, case_id: str) -> None:
     """The store refuses values that are not finite, so where there are some the file has changed since."""
-    if not data.sum().isfinite():  # one fast pass: float16 values cannot overflow a float32 sum
+    if not data.sum().isfinite() and not data.isfinite().all():  # the sum alone is a fast pass and mostly enough
         raise CorruptCaseError(
             f"{store.folder / (case_id + SUFFIX)}: holds values that are not finite, so its bytes were altered since "
             "it was written. Delete the file and run nnssl_preprocess again: it writes what is missing."

@@ -70,7 +70,8 @@ def choose_crop(
         return crop
     axes = [_breakpoints(*sides) for sides in zip(low, high, shape, patch_size, cell, strict=True)]
     shares = score.lattice(axes)
-    wanted = min(min_foreground, NEAR_BEST * float(shares.max())) - _ROUNDING
+    best = float(shares.max())
+    wanted = (min_foreground if best >= min_foreground else NEAR_BEST * best) - _ROUNDING
     position = np.unravel_index(rng.choice(np.flatnonzero(shares >= wanted)), shares.shape)
     corner = np.array([axis[index] for axis, index in zip(axes, position, strict=True)])
     shifts = rng.integers(-np.asarray(cell), np.asarray(cell) + 1, size=(NUM_TRIES, len(shape)))
