@@ -120,15 +120,17 @@ def export_unet(configuration: Configuration, encoder: Encoder, decoder: nn.Modu
     Args:
         configuration: What the encoder was built from.
         encoder: The trained encoder; the network shares its memory.
-        decoder: The trained decoder where there is one, else a fresh one is made, the same every time.
+        decoder: The trained decoder where there is one (then nothing is initialised in vain), else a fresh one is made,
+            the same every time.
 
     Returns:
         The network in eval mode, on the encoder's device.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if decoder is None else "meta"):
         torch.manual_seed(EXPORT_SEED)
         network = build_network(configuration, configuration.num_input_channels)
-    network.to(next(encoder.parameters()).device)
+    if decoder is None:
+        network.to(next(encoder.parameters()).device)
     encoder.hand_over(network)
     if decoder is not None:
         network.decoder.load_state_dict(decoder.state_dict(), assign=True)
