@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -52,6 +53,8 @@ class PlanningOptions:
     def __post_init__(self) -> None:
         if self.memory_target is not None and self.memory_target <= 0:
             raise ValueError(f"a memory target of {self.memory_target:g} GB is not possible; give a number above 0")
+        if not re.fullmatch(r"[\w.-]+", self.plans_name):
+            raise ValueError(f"plans name {self.plans_name!r} is not possible: use letters, digits, '_', '-' and '.'")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization {self.normalization!r} is not known. Give {', '.join(NORMALIZATIONS)}")
 

@@ -19,6 +19,7 @@ USABLE_SHARE = 0.9
 MIN_BATCH_SIZE = 2
 MIN_FEATURE_MAP = 4
 MIN_STAGES = 3
+MIN_PATCH_EDGE = {2: 64, 3: 32}
 NO_LIMIT = 999999
 DATASET_SHARE = 0.05
 
@@ -128,8 +129,8 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float], ma
     """Patches from the largest downwards, each with its topology; each has fewer voxels than the one before.
 
     As in nnU-Net the axis that covers most of the median case shrinks first, by the least step that the topology of the
-    smaller patch divides. All have three stages or more, which nnU-Net's deep supervision needs: where the images are
-    smaller than that, the patch is larger than the images.
+    smaller patch divides. None but the first has fewer voxels than a cube of 32 (a square of 64). All have three stages
+    or more, which nnU-Net's deep supervision needs: where the images are smaller than that, the patch is larger.
 
     Args:
         spacing: mm per axis.
@@ -141,24 +142,23 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float], ma
     while len(current.strides) < MIN_STAGES:
         floor *= 2
         current = topology(spacing, [max(floor, size) for size in patch])
-    voxels = prod(current.patch_size) + 1
-    while len(current.strides) >= MIN_STAGES:
-        if prod(current.patch_size) < voxels:
-            voxels = prod(current.patch_size)
-            yield current
-        smaller = _shrink(spacing, median_shape, current)
-        if smaller is None:
+    yield current
+    dims, fewest = len(spacing), prod(current.patch_size)
+    for _ in range(sum(current.patch_size)):  # each step takes a voxel or more off an edge
+        current = _shrink(spacing, median_shape, current)
+        voxels = prod(current.patch_size)
+        if len(current.strides) < MIN_STAGES or voxels < MIN_PATCH_EDGE[dims] ** dims:
             return
-        current = smaller
+        if voxels < fewest:
+            fewest = voxels
+            yield current
 
 
-def _shrink(spacing: Sequence[float], median_shape: Sequence[float], current: Topology) -> Topology | None:
+def _shrink(spacing: Sequence[float], median_shape: Sequence[float], current: Topology) -> Topology:
     covered = [size / whole for size, whole in zip(current.patch_size, median_shape, strict=True)]
     axis = covered.index(max(covered))
     smaller = list(current.patch_size)
     smaller[axis] -= current.divisor[axis]
-    if smaller[axis] < MIN_FEATURE_MAP:
-        return None
     smaller[axis] = current.patch_size[axis] - topology(spacing, smaller).divisor[axis]
     return topology(spacing, smaller)
 

@@ -68,3 +68,20 @@ def test_shapes_are_nnunets():
     target = (1.0, 1.0, 1.0)
     expected = [compute_new_shape(shape, spacing, target) for shape, spacing in zip(shapes, spacings, strict=True)]
     assert np.array_equal(resampled_shapes(shapes, spacings, target), np.maximum(1, expected))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_median_and_transposition_are_nnunets(seed):
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+    draw = np.random.default_rng(seed)
+    scale = draw.permutation([1.0, 1.0, draw.choice([1.0, 8.0])])
+    spacings = draw.uniform(0.5, 1.5, (15, 3)) * scale
+    shapes = np.maximum(1, draw.integers(60, 200, (15, 3)) / scale**1.5).astype(int)
+    theirs = object.__new__(ExperimentPlanner)
+    theirs.overwrite_target_spacing, theirs.suppress_transpose, theirs.anisotropy_threshold = None, False, 3
+    theirs.dataset_fingerprint = {"spacings": spacings.tolist(), "shapes_after_crop": shapes.tolist()}
+    ours = target_spacing("median", spacings, shapes)
+    assert ours == pytest.approx(theirs.determine_fullres_target_spacing(), abs=1e-6)
+    forward, backward = theirs.determine_transpose()
+    assert transposition(ours) == (tuple(forward), tuple(backward))
