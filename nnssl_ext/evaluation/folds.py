@@ -61,16 +61,24 @@ def sizes_from_fractions(fractions: Sequence[float], splits: Sequence[Split]) ->
     return ["all" if share == 1 else math.ceil(share * smallest) for share in fractions]
 
 
-def check_sizes(num_train: Sequence[NumTrain], splits: Sequence[Split], folds: Sequence[int]) -> None:
-    """Refuses folds and training set sizes that the splits do not have.
+def check_folds(folds: Sequence[int], splits: Sequence[Split]) -> None:
+    """Refuses folds that are not planned.
 
     Raises:
-        ValueError: Naming the value and what is allowed.
+        ValueError: Naming the fold and those that there are.
     """
     for fold in folds:
         if not 0 <= fold < len(splits):
             raise ValueError(f"fold {fold} is not planned; the plans have folds 0 to {len(splits) - 1}")
-    smallest = min(len(splits[fold].train) for fold in folds)
+
+
+def check_sizes(num_train: Sequence[NumTrain], splits: Sequence[Split]) -> None:
+    """Refuses training set sizes that the smallest of the folds cannot give.
+
+    Raises:
+        ValueError: Naming the size and what is allowed.
+    """
+    smallest = min(len(split.train) for split in splits)
     for size in num_train:
         if size != "all" and not 1 <= size < smallest:
             raise ValueError(

@@ -12,6 +12,7 @@ from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split, folds_by_subject
 from nnssl_ext.evaluation import arms, folds
 from nnssl_ext.evaluation.arms import PlannedArm
+from nnssl_ext.evaluation.folds import FoldRun
 from nnssl_ext.evaluation.leaks import content_hashes
 from nnssl_ext.evaluation.metrics import DEFAULT_TOLERANCE_MM
 from nnssl_ext.evaluation.records import NumTrain
@@ -31,7 +32,8 @@ class EvaluationSettings:
     plans: tuple[str, ...]
     """Plans names of the arms."""
     configuration: str = "3d_fullres"
-    folds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    folds: tuple[int, ...] = ()
+    """Folds to run; none stands for all that are planned."""
     num_train: tuple[NumTrain, ...] = ("all",)
     """Training set sizes, in cases."""
     fractions: tuple[float, ...] = ()
@@ -49,7 +51,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         for what in ("folds", "num_train", "seeds"):
             values = getattr(self, what)
-            if not values or len(set(values)) != len(values):
+            if len(set(values)) != len(values) or (not values and what != "folds"):
                 raise ValueError(f"{what} must be one or more different values (given: {list(values)})")
         if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds must be 0 or more (given: {list(self.seeds)})")
@@ -70,12 +72,13 @@ class Prepared:
     arms: tuple[PlannedArm, ...]
     reference: PlannedArm
     splits: tuple[Split, ...]
+    folds: tuple[int, ...]
     num_train: tuple[NumTrain, ...]
-    runs: tuple[folds.FoldRun, ...]
+    runs: tuple[FoldRun, ...]
     warnings: tuple[str, ...]
 
     @property
-    def missing(self) -> list[folds.FoldRun]:
+    def missing(self) -> list[FoldRun]:
         """The runs that are still to be trained."""
         return folds.missing_runs(self.runs)
 
@@ -107,20 +110,23 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
     )
     reference = arms.choose_reference(planned, settings.reference)
     splits = arms.common_splits(planned) or _nnunet_splits(preprocessed, manifest)
+    chosen = settings.folds or tuple(range(len(splits)))
+    folds.check_folds(chosen, splits)
+    chosen_splits = [splits[fold] for fold in chosen]
     sizes = settings.num_train
     if settings.fractions:
-        sizes = tuple(folds.sizes_from_fractions(settings.fractions, [splits[fold] for fold in settings.folds]))
-    folds.check_sizes(sizes, splits, settings.folds)
+        sizes = tuple(folds.sizes_from_fractions(settings.fractions, chosen_splits))
+    folds.check_sizes(sizes, chosen_splits)
     arms.check_plain(planned, sizes)
     warnings = arms.check_fairness(planned, reference, settings.configuration)
-    cases = sorted({case for fold in settings.folds for case in (*splits[fold].train, *splits[fold].val)})
+    cases = sorted({case for split in chosen_splits for case in (*split.train, *split.val)})
     hashes = content_hashes(manifest, cases, executor) if any(arm.pretrained for arm in planned) else {}
-    warnings += arms.refuse_leaks(planned, hashes, [splits[fold] for fold in settings.folds])
+    warnings += arms.refuse_leaks(planned, hashes, chosen_splits)
     runs = folds.plan_runs(
         planned,
         splits,
         manifest.subjects(),
-        folds=settings.folds,
+        folds=chosen,
         num_train=sizes,
         seeds=settings.seeds,
         configuration=settings.configuration,
@@ -135,6 +141,7 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
         arms=planned,
         reference=reference,
         splits=splits,
+        folds=chosen,
         num_train=sizes,
         runs=tuple(runs),
         warnings=tuple(warnings),
@@ -156,7 +163,7 @@ def write_plans(prepared: Prepared) -> None:
         ValueError: If there are results of the same name that do not belong to these plans.
     """
     if any(arm.config is None for arm in prepared.arms):
-        folds.ensure_plain_splits(prepared.preprocessed, prepared.splits, prepared.settings.folds)
+        folds.ensure_plain_splits(prepared.preprocessed, prepared.splits, prepared.folds)
     subjects = prepared.manifest.subjects()
     done: set[str] = set()
     for run in prepared.runs:

@@ -139,7 +139,7 @@ def conclude(prepared: Prepared, runs: Sequence[Run], scores: Sequence[CaseScore
         configuration=settings.configuration,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=command,
-        folds=settings.folds,
+        folds=prepared.folds,
         num_train=prepared.num_train,
         seeds=settings.seeds,
         tolerance_mm=settings.tolerance_mm,

@@ -1,0 +1,269 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nnssl_ext.core.executor import InlineExecutor
+from nnssl_ext.core.records import read_json, write_json
+from nnssl_ext.dataset.integrity import content_hash
+from nnssl_ext.evaluation.preparation import EvaluationSettings, prepare
+from nnssl_ext.evaluation.records import MEAN_CLASS, load_evaluation
+from nnssl_ext.evaluation.run import evaluate
+from nnssl_ext.finetuning.config import PLANS_KEY
+from tests.evaluation import fakes
+
+SETTINGS = EvaluationSettings(dataset=4, plans=("ptPlans__mae", "ptPlans__scratch"), num_train=(3, "all"), seeds=(0, 1))
+
+
+@pytest.fixture
+def world(roots: Path) -> SimpleNamespace:
+    return fakes.make_world(roots)
+
+
+class Recorder:
+    """Trains by pretending, and remembers what it was asked to train."""
+
+    def __init__(self, fail: str = "") -> None:
+        self.keys: list[tuple[str, int]] = []
+        self.fail = fail
+
+    def __call__(self, task) -> None:
+        self.keys.append((task.plans_name, task.fold))
+        if self.fail and self.fail in task.plans_name:
+            raise ValueError("no memory left")
+        fakes.pretend_to_train(task)
+
+
+def run(settings: EvaluationSettings = SETTINGS, trainer=fakes.pretend_to_train):
+    return evaluate(settings, InlineExecutor(), device="cpu", command="nnssl_evaluate -d 4", trainer=trainer)
+
+
+def test_from_plans_to_evaluation_json(world: SimpleNamespace) -> None:
+    evaluation, folder = run()
+    assert folder == world.results / "evaluation" / "mae__scratch__3d_fullres"
+    assert evaluation.reference.name == "ptPlans__scratch"
+    assert len(evaluation.runs) == 2 * 2 * 2 * 3  # arms, sizes, seeds, folds
+    assert len(evaluation.cases) == 2 * 2 * 2 * len(fakes.CASES)
+    row = evaluation.comparison("ptPlans__mae", 3, "dice")
+    assert row.num_pairs == len(fakes.CASES)
+    assert row.difference > 0.05
+    assert row.interval.low > 0
+    assert row.p_value == pytest.approx(2 / 2 ** len(fakes.CASES))
+    assert row.p_holm == pytest.approx(2 * row.p_value)  # two sizes, one arm
+    inner = evaluation.comparison("ptPlans__mae", 3, "dice", "inner")
+    assert inner.p_value < inner.p_holm <= 4 * inner.p_value  # two sizes, two classes, one arm
+    assert evaluation.verdicts[0].outcome == "helped"
+    summary = evaluation.summary("ptPlans__scratch", "all", "dice")
+    assert set(summary.fold_means) == {0, 1, 2}
+    assert set(summary.seed_means) == {0, 1}
+    assert load_evaluation(folder) == evaluation
+
+
+def test_a_second_start_trains_nothing_and_finds_the_same(world: SimpleNamespace) -> None:
+    first, _ = run()
+    recorder = Recorder()
+    second, _ = run(trainer=recorder)
+    assert recorder.keys == []
+    assert replace(second, created="") == replace(first, created="")
+
+
+def test_only_what_is_missing_is_trained(world: SimpleNamespace) -> None:
+    run(replace(SETTINGS, num_train=("all",), seeds=(0,)))
+    recorder = Recorder()
+    run(replace(SETTINGS, num_train=(3, "all"), seeds=(0,)), trainer=recorder)
+    assert sorted(recorder.keys) == [
+        (f"ptPlans__{arm}__n3__s0", fold) for arm in ("mae", "scratch") for fold in range(3)
+    ]
+
+
+def test_a_failing_run_does_not_stop_the_others_and_is_named(world: SimpleNamespace) -> None:
+    recorder = Recorder(fail="mae__n3__s1")
+    with pytest.raises(
+        ValueError, match=r"3 of 24 trainings failed, the first is ptPlans__mae__n3__s1__fold_0: .*no memory"
+    ):
+        run(trainer=recorder)
+    assert len(recorder.keys) == 24
+    again = Recorder()
+    run(trainer=again)
+    assert again.keys == [("ptPlans__mae__n3__s1", fold) for fold in range(3)]
+
+
+def test_arms_share_subsets_which_are_nested_and_differ_between_seeds(world: SimpleNamespace) -> None:
+    prepared = prepare(replace(SETTINGS, num_train=(2, 4, "all")), InlineExecutor())
+    chosen = {(r.arm.label, r.num_train, r.seed, r.fold): r for r in prepared.runs}
+    for seed in (0, 1):
+        for fold in range(3):
+            small, middle, full = (chosen["mae", size, seed, fold] for size in (2, 4, "all"))
+            assert len(small.train_cases) == 2
+            assert set(small.train_cases) < set(middle.train_cases) < set(full.train_cases)
+            assert small.val_cases == full.val_cases == fakes.splits()[fold].val
+            assert small.train_cases == chosen["scratch", 2, seed, fold].train_cases
+    draws = {seed: [chosen["mae", 2, seed, fold].train_cases for fold in range(3)] for seed in (0, 1)}
+    assert draws[0] != draws[1]
+
+
+def test_plans_of_a_variant_hold_its_ids_and_seed(world: SimpleNamespace) -> None:
+    evaluation, _ = run()
+    variant = read_json(world.mae.with_name("ptPlans__mae__n3__s1.json"))
+    assert variant["plans_name"] == "ptPlans__mae__n3__s1"
+    assert variant[PLANS_KEY]["seed"] == 1
+    record = next(r for r in evaluation.runs if (r.plans_name, r.fold) == ("ptPlans__mae__n3__s1", 2))
+    assert tuple(variant[PLANS_KEY]["splits"][2]["train"]) == record.train_cases
+    assert len(record.train_cases) == 3
+    names = {r.plans_name for r in evaluation.runs if r.num_train == "all" and r.seed == 0}
+    assert names == {"ptPlans__mae", "ptPlans__scratch"}  # what was trained on the arm's own plans counts
+
+
+def test_a_pretrained_on_validation_case_is_refused(world: SimpleNamespace) -> None:
+    case = fakes.splits()[1].val[0]
+    leaked = (content_hash(fakes.image_of(world.root, case)[0]),)
+    fakes.make_plans(world.root, "ptPlans__mae", pretrained_weights="w.pth", pretraining_content_hashes=leaked)
+    recorder = Recorder()
+    with pytest.raises(
+        ValueError, match=f"1 validation cases were in the pretraining set of ptPlans__mae, such as {case}"
+    ):
+        run(trainer=recorder)
+    assert recorder.keys == []
+
+
+def test_a_pretrained_on_training_case_is_refused_too(world: SimpleNamespace) -> None:
+    split = fakes.splits()[0]
+    leaked = (content_hash(fakes.image_of(world.root, split.train[0])[0]),)
+    fakes.make_plans(world.root, "ptPlans__mae", pretrained_weights="w.pth", pretraining_content_hashes=leaked)
+    with pytest.raises(ValueError, match="1 training cases were in the pretraining set"):
+        run(replace(SETTINGS, folds=(0,)))
+
+
+def test_a_checkpoint_without_hashes_gives_a_warning(world: SimpleNamespace) -> None:
+    fakes.make_plans(world.root, "ptPlans__mae", pretrained_weights="w.pth")
+    evaluation, _ = run(replace(SETTINGS, seeds=(0,)))
+    assert any("does not say which images it was pretrained on" in warning for warning in evaluation.warnings)
+
+
+def test_cases_that_were_not_planned_are_found_out(world: SimpleNamespace) -> None:
+    settings = replace(SETTINGS, num_train=("all",), seeds=(0,))
+    run(settings)
+    fold = world.results / "SSLFinetuneTrainer__ptPlans__mae__3d_fullres" / "fold_1" / "validation"
+    summary = read_json(fold / "summary.json")
+    summary["metric_per_case"][0]["prediction_file"] = str(fold / "stranger.nii.gz")
+    write_json(fold / "summary.json", summary)
+    with pytest.raises(ValueError, match=r"did not validate the cases of its fold: summary.json lists .*stranger"):
+        run(settings)
+
+
+def test_a_missing_prediction_is_found_out(world: SimpleNamespace) -> None:
+    settings = replace(SETTINGS, num_train=("all",), seeds=(0,))
+    run(settings)
+    lost = fakes.splits()[1].val[0]
+    fold = world.results / "SSLFinetuneTrainer__ptPlans__scratch__3d_fullres" / "fold_1" / "validation"
+    (fold / f"{lost}.nii.gz").unlink()
+    with pytest.raises(ValueError, match=f"there are predictions for 3 cases instead of 4 .missing: {lost}"):
+        run(settings)
+
+
+def test_results_of_other_settings_are_refused(world: SimpleNamespace) -> None:
+    run()
+    for name in ("mae", "scratch"):
+        path = world.root / "preprocessed" / fakes.DATASET / f"ptPlans__{name}.json"
+        plans = read_json(path)
+        plans[PLANS_KEY]["lr"] = 0.5
+        write_json(path, plans)
+    with pytest.raises(
+        ValueError, match=r"trained with other settings than ptPlans__mae\S* has now .they differ in \S+lr"
+    ):
+        run()
+
+
+def test_scores_are_made_again_when_a_prediction_changes(world: SimpleNamespace) -> None:
+    settings = replace(SETTINGS, num_train=("all",), seeds=(0,))
+    before, _ = run(settings)
+    case = fakes.splits()[0].val[0]
+    fold = world.results / "SSLFinetuneTrainer__ptPlans__scratch__3d_fullres" / "fold_0" / "validation"
+    (fold / f"{case}.nii.gz").write_bytes(
+        (world.root / "raw" / fakes.DATASET / "labelsTr" / f"{case}.nii.gz").read_bytes()
+    )
+    after, _ = run(settings)
+    scores = [next(c for c in e.cases if (c.arm, c.case) == ("ptPlans__scratch", case)) for e in (before, after)]
+    assert scores[0].classes["inner"].dice < 1
+    assert scores[1].classes["inner"].dice == 1
+
+
+def test_plain_nnunet_joins_at_all_cases_without_a_seed(world: SimpleNamespace) -> None:
+    fakes.make_plans(world.root, "nnUNetPlans", plain=True)
+    evaluation, _ = run(replace(SETTINGS, plans=("ptPlans__mae", "ptPlans__scratch", "nnUNetPlans")))
+    plain = [r for r in evaluation.runs if r.arm == "nnUNetPlans"]
+    assert {(r.num_train, r.seed) for r in plain} == {("all", None)}
+    assert Path(plain[0].folder).parent.name == "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    assert evaluation.arm("nnUNetPlans").role == "plain"
+    assert evaluation.comparison("nnUNetPlans", "all", "dice").num_pairs == len(fakes.CASES)
+    assert evaluation.comparison("nnUNetPlans", 3, "dice") is None
+    stored = json.loads((world.root / "preprocessed" / fakes.DATASET / "splits_final.json").read_text())
+    assert [tuple(fold["val"]) for fold in stored] == [split.val for split in fakes.splits()]
+
+
+def test_plain_nnunet_with_other_folds_is_refused(world: SimpleNamespace) -> None:
+    fakes.make_plans(world.root, "nnUNetPlans", plain=True)
+    other = [{"train": list(s.train), "val": list(s.val)} for s in reversed(fakes.splits())]
+    write_json(world.root / "preprocessed" / fakes.DATASET / "splits_final.json", other)
+    with pytest.raises(ValueError, match="plain nnU-Net would use other folds"):
+        run(replace(SETTINGS, plans=("ptPlans__scratch", "nnUNetPlans")))
+
+
+def test_fractions_count_from_the_smallest_fold(world: SimpleNamespace) -> None:
+    prepared = prepare(replace(SETTINGS, fractions=(0.3, 1.0)), InlineExecutor())
+    assert prepared.num_train == (3, "all")  # .3 of 8, rounded up
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plans": ("ptPlans__mae", "ptPlans__nowhere")}, r"no plans 'ptPlans__nowhere' .*there: .*ptPlans__scratch"),
+        ({"plans": ("ptPlans__mae",)}, "two or more different plans"),
+        ({"configuration": "2d"}, "no configuration '2d'. Valid: 3d_fullres"),
+        ({"folds": (0, 7)}, "fold 7 is not planned; the plans have folds 0 to 2"),
+        ({"num_train": (8,)}, "the smallest of these folds has 8 training cases. Give 1 to 7, or all"),
+        ({"reference": "ptPlans__other"}, "--reference 'ptPlans__other' is not among the arms"),
+        ({"fractions": (1.5,)}, "fraction 1.5 is not allowed"),
+        ({"dataset": 7}, "no dataset 7"),
+    ],
+)
+def test_refuses_before_training(world: SimpleNamespace, change: dict, message: str) -> None:
+    recorder = Recorder()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(replace(SETTINGS, **change), trainer=recorder)
+    assert recorder.keys == []
+
+
+@pytest.mark.parametrize("change", [{"seeds": (0, 0)}, {"num_train": ()}, {"seeds": (-1,)}, {"tolerance_mm": -1.0}])
+def test_settings_that_make_no_sense(change: dict) -> None:
+    with pytest.raises(ValueError):
+        replace(SETTINGS, **change)
+
+
+def test_unequal_lengths_of_training_are_refused(world: SimpleNamespace) -> None:
+    fakes.make_plans(world.root, "ptPlans__scratch", num_epochs=fakes.NUM_EPOCHS // 2)
+    with pytest.raises(ValueError, match="num_epochs is 20 in ptPlans__mae and 10 in ptPlans__scratch"):
+        run()
+
+
+def test_arms_planned_on_different_folds_are_refused(world: SimpleNamespace) -> None:
+    fakes.make_plans(world.root, "ptPlans__scratch", splits=fakes.splits(num_folds=4))
+    with pytest.raises(ValueError, match="planned with different folds"):
+        run()
+
+
+def test_two_scratch_arms_need_a_reference(world: SimpleNamespace) -> None:
+    fakes.make_plans(world.root, "ptPlans__scratch2")
+    settings = replace(SETTINGS, plans=("ptPlans__scratch", "ptPlans__scratch2"), num_train=("all",), seeds=(0,))
+    with pytest.raises(ValueError, match=r"2 of the arms .* start from scratch"):
+        run(settings)
+    evaluation, _ = run(replace(settings, reference="scratch2"))
+    assert evaluation.reference.name == "ptPlans__scratch2"
+
+
+def test_a_subset_of_folds_is_said_openly(world: SimpleNamespace) -> None:
+    evaluation, _ = run(replace(SETTINGS, folds=(1,), seeds=(0,)))
+    assert any("Only 1 of 3 folds" in warning for warning in evaluation.warnings)
+    assert evaluation.summary("ptPlans__mae", "all", "dice", MEAN_CLASS).num_cases == len(fakes.splits()[1].val)
