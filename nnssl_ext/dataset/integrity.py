@@ -35,10 +35,14 @@ KINDS = (
     "spacing",
     "channels",
     "duplicate",
+    "label_missing",
+    "label_unreadable",
     "label_geometry",
     "label_values",
 )
 """Every kind of problem."""
+LABEL_KINDS = frozenset(kind for kind in KINDS if kind.startswith("label"))
+"""Those that leave the image usable for pretraining."""
 
 
 @dataclass(frozen=True)
@@ -308,9 +312,9 @@ def _check_label(case: Case, file: Path, image: Header, values: frozenset[int] |
             check_whole(file, every_byte=True)
         labels, _ = read_segmentation(file)
     except FileNotFoundError:
-        return [Problem(case.case_id, file, "the label map does not exist", "missing")]
+        return [Problem(case.case_id, file, "the label map does not exist", "label_missing")]
     except ValueError as error:
-        return [Problem(case.case_id, file, str(error), "label_values" if "label" in str(error) else "unreadable")]
+        return [Problem(case.case_id, file, str(error), "label_unreadable")]
     if header.shape != image.shape:
         reason = f"the label map has shape {header.shape}, the image {image.shape}"
         return [Problem(case.case_id, file, reason, "label_geometry")]

@@ -33,7 +33,7 @@ class Case:
 
     case_id: str
     images: tuple[Path, ...]
-    """One file per channel, in order; a colour picture or 4D file may bring several."""
+    """One file per channel, in order, whether it exists or not; a colour picture or 4D file may bring several."""
     label: Path | None = None
     dataset: str = ""
     """Source dataset within a collection; else the name of the raw dataset."""
@@ -204,24 +204,25 @@ def _referenced_cases(folder: Path, content: Mapping[str, Any], channels: tuple[
 def _listed_cases(folder: Path, content: Mapping[str, Any], channels: tuple[str, ...]) -> list[Case]:
     ending = content["file_ending"]
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}")
-    images: dict[str, list[Path]] = {}
+    channels_of: dict[str, int] = {}
     for path in sorted((folder / "imagesTr").glob(f"*{ending}")):
+        if path.name.startswith("."):
+            continue
         match = pattern.fullmatch(path.name)
-        if match is None and not path.name.startswith("."):
+        if match is None:
             raise ValueError(f"{path} does not end in a channel number: nnU-Net names images CASE_0000{ending}")
-        if match is not None and not path.name.startswith("."):
-            images.setdefault(match[1], []).append(path)
-    labels = {case_id: folder / "labelsTr" / f"{case_id}{ending}" for case_id in images}
+        channels_of[match[1]] = max(int(match[2]) + 1, channels_of.get(match[1], 0))
+    labels = {case_id: folder / "labelsTr" / f"{case_id}{ending}" for case_id in channels_of}
     return [
         Case(
             case_id=case_id,
-            images=tuple(files),
+            images=tuple(folder / "imagesTr" / f"{case_id}_{i:04d}{ending}" for i in range(num_images)),
             label=labels[case_id] if labels[case_id].is_file() else None,
             dataset=folder.name,
             subject=case_id,
             modalities=channels,
         )
-        for case_id, files in images.items()
+        for case_id, num_images in channels_of.items()
     ]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.imageio.tiff import TIFF_ENDINGS, tiff_layout
+
 ITK_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 NATURAL_ENDINGS = (".png", ".bmp")
-TIFF_ENDINGS = (".tif", ".tiff")
 FILE_ENDINGS = ITK_ENDINGS + NATURAL_ENDINGS + TIFF_ENDINGS
 """Every file ending that can be read."""
 
@@ -33,7 +34,7 @@ def reader_name_for(file_ending: str, example: Path | None = None) -> str:
         example: A file of that kind; decides between 2D and 3D readers for TIFF, which has both.
 
     Raises:
-        ValueError: If no reader knows the ending.
+        ValueError: If no reader knows the ending, or the example is damaged.
     """
     ending = file_ending.lower()
     if ending in ITK_ENDINGS:
@@ -49,7 +50,7 @@ def make_reader(path: Path) -> Any:
     """An instance of the nnU-Net reader for one file, found without importing torch.
 
     Raises:
-        ValueError: If no reader knows the file's ending.
+        ValueError: If no reader knows the file's ending, or the file is a damaged TIFF.
     """
     name = reader_name_for(file_ending_of(path), path)
     if name == "SimpleITKIO":
@@ -67,13 +68,7 @@ def make_reader(path: Path) -> Any:
 
 def _is_tiff_volume(path: Path) -> bool:
     """Whether a TIFF file holds a stack of slices and not one grey or colour picture."""
-    import tifffile
-
     if not path.is_file():
         return False
-    try:
-        with tifffile.TiffFile(path) as file:
-            series = file.series[0]
-            return len(series.shape) - ("S" in series.axes) > 2
-    except (tifffile.TiffFileError, IndexError, ValueError):
-        return False  # damaged: the reader says what is wrong with it
+    shape, colours = tiff_layout(path)
+    return len(shape) > 2 and colours == 1

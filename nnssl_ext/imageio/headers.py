@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnssl_ext.imageio.formats import TIFF_ENDINGS, file_ending_of, reader_name_for
+from nnssl_ext.imageio.formats import file_ending_of, reader_name_for
 from nnssl_ext.imageio.geometry import SLICE_SPACING_FACTOR, Geometry, from_sitk
-
-CHANNEL_SUFFIX_LENGTH = len("_0000")
+from nnssl_ext.imageio.tiff import TIFF_ENDINGS, tiff_layout, tiff_spacing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +76,16 @@ def _itk_header(path: Path) -> Header:
 
 def _picture_header(path: Path) -> Header:
     is_tiff = file_ending_of(path).lower() in TIFF_ENDINGS
-    shape, components = _tiff_picture(path) if is_tiff else _natural_picture(path)
+    shape, components = tiff_layout(path) if is_tiff else _natural_layout(path)
+    if len(shape) != 2:
+        raise ValueError(
+            f"{path} holds an array of shape {shape} with {components} colours; nnU-Net reads no such TIFF"
+        )
     geometry = Geometry(spacing=(SLICE_SPACING_FACTOR, 1.0, 1.0))
-    return Header(shape=(1, *shape), geometry=geometry, num_components=components, dimension=2)
+    return Header(shape=(1, shape[0], shape[1]), geometry=geometry, num_components=components, dimension=2)
 
 
-def _natural_picture(path: Path) -> tuple[tuple[int, int], int]:
+def _natural_layout(path: Path) -> tuple[tuple[int, ...], int]:
     from PIL import Image
 
     try:
@@ -94,44 +97,15 @@ def _natural_picture(path: Path) -> tuple[tuple[int, int], int]:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _tiff_picture(path: Path) -> tuple[tuple[int, int], int]:
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(path) as file:
-            height, width, *colours = file.series[0].shape
-            return (int(height), int(width)), int(colours[0]) if colours else 1
-    except (tifffile.TiffFileError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
 def _tiff_volume_header(path: Path) -> Header:
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
-        shape = tuple(int(length) for length in file.series[0].shape)
+    shape, _ = tiff_layout(path)
     if len(shape) != 3:
-        raise ValueError(f"{path} holds an array of shape {shape}; a volume (Z, Y, X) or a picture is possible")
-    return Header(
-        shape=(shape[0], shape[1], shape[2]),
-        geometry=Geometry(spacing=_tiff_spacing(path)),
-        num_components=1,
-        dimension=3,
-    )
-
-
-def _tiff_spacing(path: Path) -> tuple[float, float, float]:
-    """The spacing in nnU-Net's `CASE.json` beside a TIFF volume, or 1 mm as its reader assumes."""
-    stem = path.name[: -len(file_ending_of(path))]
-    for name in (stem[:-CHANNEL_SUFFIX_LENGTH], stem):
-        side = path.with_name(f"{name}.json")
-        if name and side.is_file():
-            z, y, x = json.loads(side.read_text(encoding="utf-8"))["spacing"]
-            return float(z), float(y), float(x)
-    return 1.0, 1.0, 1.0
+        raise ValueError(f"{path} holds an array of shape {shape}; a volume (Z, Y, X) or a picture (Y, X) is possible")
+    geometry = Geometry(spacing=tiff_spacing(path))
+    return Header(shape=(shape[0], shape[1], shape[2]), geometry=geometry, num_components=1, dimension=3)
 
 
 def last_line(error: Exception) -> str:
-    """The last line of an error's text that says something: ITK and nrrd put the cause there."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """The line of an error's text that names the cause: ITK's and nrrd's last one, without memory addresses."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Reason:")]
+    return re.sub(r"\w+\(0x[0-9a-f]+\): ", "", lines[-1]) if lines else type(error).__name__

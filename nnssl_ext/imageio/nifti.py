@@ -7,6 +7,7 @@ voxel size of zero or NaN by 1 mm.
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 _BLOCK = 1 << 20
 _GZIP_SIZE_BYTES = 4
+NIFTI_2_SIZE = 540
+"""Length in bytes of a NIfTI-2 header, its own first entry; a NIfTI-1 header has 348."""
 
 
 def is_nifti(path: Path) -> bool:
@@ -27,7 +30,7 @@ def stored_spacing(path: Path) -> tuple[float, ...]:
     Raises:
         ValueError: If the header cannot be read.
     """
-    header = _load(path).header
+    header = _read_header(path)
     return tuple(float(value) for value in header["pixdim"][1 : 1 + min(3, int(header["dim"][0]))])
 
 
@@ -41,10 +44,10 @@ def check_whole(path: Path, *, every_byte: bool = False) -> None:
     Raises:
         ValueError: If the file is truncated or its compressed data are damaged.
     """
-    image = _load(path)
-    voxels = image.dataobj
-    expected = int(voxels.offset) + voxels.dtype.itemsize * _product(voxels.shape)
-    if not path.name.lower().endswith(".gz"):
+    header = _read_header(path)
+    num_bytes = header.get_data_dtype().itemsize * math.prod(int(length) for length in header.get_data_shape())
+    expected = int(header.get_data_offset()) + num_bytes
+    if not _is_gzip(path):
         found = path.stat().st_size
     elif not every_byte and _gzip_trailer(path) == expected % (1 << 32):
         return
@@ -54,22 +57,23 @@ def check_whole(path: Path, *, every_byte: bool = False) -> None:
         raise ValueError(f"{path} is truncated: its header announces {expected} bytes, it holds {found}. Copy it again")
 
 
-def _load(path: Path) -> Any:
-    import nibabel
+def _is_gzip(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
+
+
+def _read_header(path: Path) -> Any:
+    """The header as it is in the file: nibabel's own loading would repair it."""
+    from nibabel import Nifti1Header, Nifti2Header
+    from nibabel.spatialimages import HeaderDataError
 
     try:
-        return nibabel.load(path)
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
+        with gzip.open(path, "rb") if _is_gzip(path) else path.open("rb") as file:
+            content = file.read(Nifti2Header.template_dtype.itemsize)
+        is_second = NIFTI_2_SIZE in (int.from_bytes(content[:4], order) for order in ("little", "big"))
+        header_class = Nifti2Header if is_second else Nifti1Header
+        return header_class(content[: header_class.template_dtype.itemsize], check=False)
+    except (HeaderDataError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         raise ValueError(f"{path} has no readable NIfTI header: {error}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for length in shape:
-        product *= int(length)
-    return product
 
 
 def _gzip_trailer(path: Path) -> int:
@@ -86,5 +90,5 @@ def _decompressed_size(path: Path) -> int:
             while block := file.read(_BLOCK):
                 size += len(block)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is truncated or damaged after {size} bytes: {error}. Copy it again") from error
+        raise ValueError(f"{path} is truncated or damaged: {error}. Copy it again") from error
     return size

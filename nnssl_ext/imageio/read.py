@@ -92,7 +92,7 @@ def _require_same(first: Path, reference: Header, file: Path, header: Header) ->
 
 @contextlib.contextmanager
 def _reader_errors(files: Sequence[Path]) -> Iterator[None]:
-    """Turns what nnU-Net's readers raise into a ValueError that names the files, and what they print into log lines."""
+    """Turns what the libraries raise into a ValueError that names the files, and what nnU-Net prints into log lines."""
     import tifffile
 
     causes = (RuntimeError, OSError, AssertionError, SyntaxError, ValueError, EOFError, IndexError, zlib.error)
@@ -103,4 +103,4 @@ def _reader_errors(files: Sequence[Path]) -> Iterator[None]:
     except (*causes, tifffile.TiffFileError) as error:
         raise ValueError(f"{', '.join(map(str, files))} cannot be read: {last_line(error)}") from error
     if printed.getvalue():
-        logger.warning("%s", " ".join(printed.getvalue().split()))
+        logger.info("%s", " ".join(printed.getvalue().split()))
