@@ -54,11 +54,14 @@ class IntensityConfig:
         for name in ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "inverted_gamma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a probability and must lie in [0, 1].")
-        ranges = [name for name in vars(self) if name.endswith("_range")]
-        for name in ("noise_std", "blur_sigma", *ranges):
+        for name in ("blur_sigma", *(name for name in vars(self) if name.endswith("_range"))):
             low, high = getattr(self, name)
-            if not 0 <= low <= high or (low == 0 and name != "noise_std"):
+            if not 0 < low <= high:
                 raise ValueError(f"{name}={(low, high)} must be two positive numbers, the smaller one first.")
+        if not 0 <= self.noise_std[0] <= self.noise_std[1]:
+            raise ValueError(f"noise_std={self.noise_std} must be two numbers of 0 or more, the smaller one first.")
+        if self.low_resolution_range[1] > 1:
+            raise ValueError(f"low_resolution_range={self.low_resolution_range} must end at 1 or below.")
 
 
 def intensity_view(data: Tensor, valid: Tensor, random: SampleRandom, config: IntensityConfig) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from nnssl_ext.core.random import SampleRandom
 
 _TINY = 1e-6
+_HALF_TURN = 180
 _MOST_SHRUNK = 0.25
 """No view is shrunk further to lie inside: of a volume of a few slices hardly a point would be left."""
 _MIN_WEIGHT = 1 - 1e-3
@@ -58,6 +59,8 @@ class SpatialConfig:
         for name in ("flip", "rotation", "scaling", "elastic"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a probability and must lie in [0, 1].")
+        if not 0 <= self.rotation_degrees <= _HALF_TURN:
+            raise ValueError(f"rotation_degrees={self.rotation_degrees} must lie in [0, {_HALF_TURN}].")
         low, high = self.scale_range
         if not 0 < low <= high:
             raise ValueError(f"scale_range={self.scale_range} must be two positive numbers, the smaller one first.")
