@@ -135,23 +135,25 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float], ma
     Args:
         spacing: mm per axis.
         median_shape: Voxels of the median case per axis.
-        max_voxels: Most voxels of the first patch, before it is padded to what its strides divide.
+        max_voxels: Most voxels of a patch; one that covers the median case may exceed it by its padding.
     """
-    patch, floor = largest_patch(spacing, median_shape, max_voxels), 1
+    dims, patch, floor = len(spacing), largest_patch(spacing, median_shape, max_voxels), 1
     current = topology(spacing, patch)
     while len(current.strides) < MIN_STAGES:
         floor *= 2
         current = topology(spacing, [max(floor, size) for size in patch])
-    yield current
-    dims, fewest = len(spacing), prod(current.patch_size)
-    for _ in range(sum(current.patch_size)):  # each step takes a voxel or more off an edge
-        current = _shrink(spacing, median_shape, current)
-        voxels = prod(current.patch_size)
-        if len(current.strides) < MIN_STAGES or voxels < MIN_PATCH_EDGE[dims] ** dims:
-            return
-        if voxels < fewest:
-            fewest = voxels
+    first, least = current, MIN_PATCH_EDGE[dims] ** dims
+    limit = prod(first.patch_size) if prod(median_shape) <= max_voxels else max_voxels
+    found = False
+    for _ in range(sum(first.patch_size)):  # each step takes a voxel or more off an edge
+        if prod(current.patch_size) <= limit and len(current.strides) >= MIN_STAGES:
+            found, limit = True, prod(current.patch_size) - 1
             yield current
+        current = _shrink(spacing, median_shape, current)
+        if prod(current.patch_size) < least:
+            break
+    if not found:
+        yield first
 
 
 def _shrink(spacing: Sequence[float], median_shape: Sequence[float], current: Topology) -> Topology:

@@ -71,6 +71,16 @@ def test_candidates_shrink_are_divisible_and_deep_enough(spacing, median):
         assert len(candidate.strides) == len(candidate.kernel_sizes) >= MIN_STAGES
 
 
+@pytest.mark.parametrize(("spacing", "median"), ALL_GEOMETRIES)
+def test_first_patch_covers_the_median_case_or_stays_within_the_limit(spacing, median):
+    limit = 128 ** len(spacing)
+    first = next(patch_candidates(spacing, median, limit))
+    if prod(median) <= limit:
+        assert all(size >= whole for size, whole in zip(first.patch_size, median, strict=True))
+    else:
+        assert limit / 3 < prod(first.patch_size) <= limit
+
+
 def test_coarse_axis_is_pooled_later():
     first = next(patch_candidates((5.0, 0.7, 0.7), (20, 320, 320), 128**3))
     assert first.strides[1] == (1, 2, 2)
