@@ -14,7 +14,7 @@ from nnssl_ext.core.executor import Executor
 from nnssl_ext.core.logs import track
 from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.imageio import Geometry, Header, read_header, read_image, read_segmentation
-from nnssl_ext.imageio.nifti import check_whole, is_nifti, stored_spacing
+from nnssl_ext.imageio.nifti import count_non_finite, is_nifti, stored_spacing
 
 MIN_SPACING_MM = 1e-3
 """A voxel of a micrometre: finer than any CT or MR scanner, clinical or micro."""
@@ -30,6 +30,7 @@ KINDS = (
     "empty",
     "constant",
     "non_finite",
+    "non_finite_zeroed",
     "2d_among_3d",
     "4d",
     "spacing",
@@ -41,8 +42,10 @@ KINDS = (
     "label_values",
 )
 """Every kind of problem."""
-LABEL_KINDS = frozenset(kind for kind in KINDS if kind.startswith("label"))
-"""Those that leave the image usable for pretraining."""
+USABLE_KINDS = frozenset(
+    {"duplicate", "non_finite_zeroed", "label_missing", "label_unreadable", "label_geometry", "label_values"}
+)
+"""Those that leave the image fit for pretraining."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class IntegrityReport:
 
     @property
     def faulty_cases(self) -> frozenset[str]:
-        """Cases to leave out: every one with a problem, of duplicates all but the first."""
+        """Cases with any problem; of duplicates all but the first."""
         return frozenset(problem.case_id for problem in self.problems)
 
     def summary(self) -> str:
@@ -122,8 +125,7 @@ def read_checked(case: Case, num_channels: int, label_values: frozenset[int] | N
     if header is None:
         return CheckedCase(problems=problems)
     try:
-        for file in filter(is_nifti, case.images):
-            check_whole(file, every_byte=True)
+        problems += [problem for file in filter(is_nifti, case.images) for problem in _check_stored(case, file)]
         image, geometry = read_image(case.images)
     except ValueError as error:
         return CheckedCase(problems=[*problems, Problem(case.case_id, case.images[0], str(error), "unreadable")])
@@ -305,11 +307,20 @@ def _same_place(one: Header, other: Header) -> bool:
     return all(len(a) == len(b) and np.allclose(a, b, rtol=0, atol=GEOMETRY_TOLERANCE) for a, b in pairs)
 
 
+def _check_stored(case: Case, file: Path) -> list[Problem]:
+    """Reads a NIfTI file to its end, and lists the voxels that are not what the reader will make of them."""
+    count = count_non_finite(file)
+    if count == 0:
+        return []
+    reason = f"{count} stored voxels are NaN or infinite; the reader sets them to 0"
+    return [Problem(case.case_id, file, reason, "non_finite_zeroed")]
+
+
 def _check_label(case: Case, file: Path, image: Header, values: frozenset[int] | None) -> list[Problem]:
     try:
         header = read_header(file)
         if is_nifti(file):
-            check_whole(file, every_byte=True)
+            count_non_finite(file)
         labels, _ = read_segmentation(file)
     except FileNotFoundError:
         return [Problem(case.case_id, file, "the label map does not exist", "label_missing")]

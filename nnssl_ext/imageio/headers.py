@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nnssl_ext.imageio.formats import file_ending_of, reader_name_for
 from nnssl_ext.imageio.geometry import SLICE_SPACING_FACTOR, Geometry, from_sitk
+from nnssl_ext.imageio.nifti import count_non_finite, is_nifti
 from nnssl_ext.imageio.tiff import TIFF_ENDINGS, tiff_layout, tiff_spacing
 
 
@@ -55,6 +56,8 @@ def _itk_header(path: Path) -> Header:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
+        if is_nifti(path):
+            count_non_finite(path)  # says more where the file is damaged
         raise ValueError(f"{path} cannot be read: {last_line(error)}") from error
     size, spacing = reader.GetSize(), reader.GetSpacing()
     components, dimension = reader.GetNumberOfComponents(), reader.GetDimension()
