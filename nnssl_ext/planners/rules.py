@@ -20,6 +20,7 @@ MIN_BATCH_SIZE = 2
 MIN_FEATURE_MAP = 4
 MIN_STAGES = 3
 MIN_PATCH_EDGE = {2: 64, 3: 32}
+MAX_PADDED = 1.5
 NO_LIMIT = 999999
 DATASET_SHARE = 0.05
 
@@ -135,7 +136,7 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float], ma
     Args:
         spacing: mm per axis.
         median_shape: Voxels of the median case per axis.
-        max_voxels: Most voxels of a patch; one that covers the median case may exceed it by its padding.
+        max_voxels: Most voxels of a patch; one that covers the median case may instead be half as large again as it.
     """
     dims, patch, floor = len(spacing), largest_patch(spacing, median_shape, max_voxels), 1
     current = topology(spacing, patch)
@@ -143,7 +144,8 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float], ma
         floor *= 2
         current = topology(spacing, [max(floor, size) for size in patch])
     first, least = current, MIN_PATCH_EDGE[dims] ** dims
-    limit = prod(first.patch_size) if prod(median_shape) <= max_voxels else max_voxels
+    covers = prod(median_shape) <= max_voxels
+    limit = MAX_PADDED * prod(median_shape) if covers else max_voxels
     found = False
     for _ in range(sum(first.patch_size)):  # each step takes a voxel or more off an edge
         if prod(current.patch_size) <= limit and len(current.strides) >= MIN_STAGES:
