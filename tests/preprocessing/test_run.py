@@ -1,11 +1,13 @@
 """Whole datasets: equal to nnU-Net on disk, resumable after anything, and honest about what failed."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +19,11 @@ import pytest
 import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from skimage.io import imsave
 
 from nnssl_ext.core.executor import make_executor
 from nnssl_ext.dataset.integrity import Problem
-from nnssl_ext.dataset.manifest import Manifest
+from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
 from nnssl_ext.fingerprint.record import Fingerprint
 from nnssl_ext.planners.plan import Plan
 from nnssl_ext.preprocessing.index import JOURNAL_FILE, read_index
@@ -184,7 +187,7 @@ import sys
 from pathlib import Path
 from nnssl_ext.core.executor import make_executor
 from nnssl_ext.dataset.integrity import Problem
-from nnssl_ext.dataset.manifest import Manifest
+from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
 from nnssl_ext.planners.plan import Plan
 from nnssl_ext.preprocessing.run import preprocess_dataset
 
@@ -217,6 +220,62 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(
     assert store.entries == reference.entries
     assert sum(times(folder)[name] == changed for name, changed in written.items()) >= len(written) - 1
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in reference.folder.iterdir())
+
+
+def test_a_killed_worker_costs_no_case(make_dataset: MakeDataset, make_plan: MakePlan, tmp_path: Path) -> None:
+    manifest, plan, folder = make_dataset(6, shape=(16, 60, 60)), make_plan((0.7, 0.7, 0.7)), tmp_path / "store"
+    reference = run(manifest, plan, tmp_path / "reference")
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while not any(folder.glob("case_*.b2nd")):
+            time.sleep(0.002)
+        victim = multiprocessing.active_children()[0]
+        killed.append(victim.pid or 0)
+        os.kill(killed[0], signal.SIGKILL)
+
+    assassin = threading.Thread(target=kill_one)
+    assassin.start()
+    store = run(manifest, plan, folder, num_processes=2)
+    assassin.join()
+    assert killed
+    assert sorted(store.entries) == sorted(reference.entries)
+    for case_id, entry in store.entries.items():
+        store.verify(case_id)
+        whole = case_id, (0, 0, 0), entry.shape[1:]
+        np.testing.assert_array_equal(store.read_crop(*whole), reference.read_crop(*whole))
+
+
+def test_colour_pictures(roots: Path, make_plan: MakePlan, tmp_path: Path) -> None:
+    folder = roots / "raw" / "Dataset001_Test"
+    (folder / "imagesTr").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(1, 255, (30, 41, 3), dtype=np.uint8)
+    imsave(folder / "imagesTr" / "case_0000.png", pixels)
+    write_dataset_json(folder, channel_names=["R", "G", "B"], file_ending=".png", num_cases=1)
+    plan = make_plan((1.0, 1.0), schemes=["RGBTo01Normalization"] * 3)
+    store = run(Manifest.load(folder), plan, tmp_path / "store")
+    stored = store.read_crop("case", (0, 0, 0), (1, 30, 41))
+    np.testing.assert_array_equal(stored[:, 0], (pixels.transpose(2, 0, 1) / np.float32(255)).astype(np.float16))
+    assert store.occupancy("case")[1] == (1, 4, 4)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("name", "scheme"), [("ct_small", "CTNormalization"), ("mr_small", "ZScoreNormalization")])
+def test_real_volumes_equal_nnunet(
+    real_data: Path, roots: Path, make_plan: MakePlan, tmp_path: Path, name: str, scheme: str
+) -> None:
+    folder = roots / "raw" / "Dataset001_Test"
+    folder.mkdir()
+    image = real_data / "volumes" / f"{name}.nii.gz"
+    listing = {"case": {"images": [str(image)]}}
+    write_dataset_json(folder, channel_names=["x"], file_ending=".nii.gz", num_cases=1, dataset=listing)
+    plan = make_plan((2.5, 3.4, 2.8), schemes=(scheme,))
+    store = run(Manifest.load(folder), plan, tmp_path / "store")
+    manager = PlansManager(plan.raw)
+    stock = DefaultPreprocessor(verbose=False)
+    theirs, _, _ = stock.run_case([str(image)], None, manager, manager.get_configuration("3d_fullres"), {})
+    ours = store.read_crop("case", (0, 0, 0), theirs.shape[1:])
+    assert (np.abs(ours - theirs) <= np.maximum(1e-2, 1e-3 * np.abs(theirs))).all()
 
 
 def test_configurations_of_a_planned_dataset(make_dataset: MakeDataset, make_plan: MakePlan, roots: Path) -> None:
