@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,13 @@ from nnssl_ext.planners.rules import (
     estimate_memory,
     patch_candidates,
 )
-from nnssl_ext.planners.spacing import is_two_dimensional, resampled_shapes, target_spacing, transposition
+from nnssl_ext.planners.spacing import (
+    is_two_dimensional,
+    resampled_shapes,
+    resampling_keys,
+    target_spacing,
+    transposition,
+)
 
 DEFAULT_PLANS_NAME = "nnsslPlans"
 NORMALIZATIONS = ("auto", "zscore", "ct", "rescale", "none", "percentile")
@@ -89,11 +95,11 @@ class nnsslPlanner:  # noqa: N801 - nnU-Net's naming of planners
         shapes = np.array([case.shape_after_crop for case in cases])
         spacings = np.array([case.spacing for case in cases])
         spacing = target_spacing(self.options.spacing, spacings, shapes)
-        forward, backward = transposition(spacing)
+        flat = is_two_dimensional(shapes)
+        forward, backward = transposition((inf, *spacing[1:]) if flat else spacing)
         kept = self.options.spacing == "noresample"
         median_shape = np.median(shapes if kept else resampled_shapes(shapes, spacings, spacing), axis=0)
-        axes = forward[1:] if is_two_dimensional(shapes) else forward
-        name = "2d" if len(axes) == 2 else "3d_fullres"
+        name, axes = ("2d", forward[1:]) if flat else ("3d_fullres", forward)
         configuration = self._configuration(
             name, [spacing[axis] for axis in axes], [float(median_shape[axis]) for axis in axes], fingerprint, manifest
         )
@@ -139,7 +145,7 @@ class nnsslPlanner:  # noqa: N801 - nnU-Net's naming of planners
             "spacing": list(spacing),
             "normalization_schemes": schemes,
             "use_mask_for_norm": [masked and scheme == "ZScoreNormalization" for scheme in schemes],
-            **_resampling(self.options.spacing == "noresample"),
+            **resampling_keys(self.options.spacing == "noresample"),
             "architecture": self.architecture(topology),
             "batch_dice": name == "2d",
         }
@@ -263,17 +269,3 @@ def plan_experiment(
         ValueError: If the planner is unknown or the dataset cannot be planned.
     """
     return PLANNERS.get(planner_name)(options or PlanningOptions()).plan(fingerprint, manifest)
-
-
-def _resampling(kept: bool) -> dict[str, Any]:
-    common = {"order_z": 0, "force_separate_z": None}
-    arguments = {
-        "data": {"is_seg": False, "order": 3, **common},
-        "seg": {"is_seg": True, "order": 1, **common},
-        "probabilities": {"is_seg": False, "order": 1, **common},
-    }
-    keys: dict[str, Any] = {}
-    for kind, values in arguments.items():
-        keys[f"resampling_fn_{kind}"] = "no_resampling_hack" if kept else "resample_data_or_seg_to_shape"
-        keys[f"resampling_fn_{kind}_kwargs"] = {} if kept else values
-    return keys

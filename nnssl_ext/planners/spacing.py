@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -110,3 +111,22 @@ def resampled_shapes(shapes: ArrayLike, spacings: ArrayLike, spacing: Sequence[f
     """
     exact = np.asarray(shapes) * np.asarray(spacings, dtype=float) / np.asarray(spacing, dtype=float)
     return np.maximum(1, np.rint(exact).astype(np.int64))
+
+
+def resampling_keys(kept: bool) -> dict[str, Any]:
+    """nnU-Net's keys for resampling images, labels and probabilities: its own defaults.
+
+    Args:
+        kept: Whether voxels stay as they are.
+    """
+    common = {"order_z": 0, "force_separate_z": None}
+    arguments = {
+        "data": {"is_seg": False, "order": 3, **common},
+        "seg": {"is_seg": True, "order": 1, **common},
+        "probabilities": {"is_seg": False, "order": 1, **common},
+    }
+    keys: dict[str, Any] = {}
+    for kind, values in arguments.items():
+        keys[f"resampling_fn_{kind}"] = "no_resampling_hack" if kept else "resample_data_or_seg_to_shape"
+        keys[f"resampling_fn_{kind}_kwargs"] = {} if kept else values
+    return keys

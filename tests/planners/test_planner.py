@@ -126,6 +126,13 @@ def test_coarsest_axis_comes_first():
     assert configuration.strides[1] == (1, 2, 2)
 
 
+def test_single_slices_keep_their_axis_first_however_thin_they_are():
+    plan = plan_for(shapes=[(1, 96, 72)] * 4, of_data=(0.2, 1.0, 1.0))
+    assert plan.raw["transpose_forward"] == [0, 1, 2]
+    assert plan.configuration("2d").spacing == (1.0, 1.0)
+    assert plan.configuration("2d").patch_size[0] == 96
+
+
 def test_iso_resamples_anisotropic_data_to_cubes():
     configuration = plan_for(shapes=[(20, 160, 160)] * 4, of_data=(8.0, 1.0, 1.0)).configuration("3d_fullres")
     assert configuration.spacing == (2.0, 2.0, 2.0)
