@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help="settings of the method; -tr NAME --describe shows them",
@@ -84,7 +85,11 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         help="auto, bf16, fp16 or fp32 (default: bf16, else fp16, on a GPU; fp32 on a CPU)",
     )
     add("--compile", action="store_true", help="compile the network with torch.compile")
-    add("--channels_last", action="store_true", help="keep tensors with the channels last")
+    add(
+        "--channels_last",
+        action=argparse.BooleanOptionalAction,
+        help="keep tensors with the channels last (default: on a CPU, where it saves a fifth of the time)",
+    )
     add("--deterministic", action="store_true", help="reproducible kernels: a resumed run on a GPU is bitwise the same")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     add("--save_every", type=int, default=10, help="epochs between checkpoints (default: %(default)s)")
@@ -241,4 +246,4 @@ def free_memory(device: str) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    main(None)

@@ -22,7 +22,7 @@ from nnssl_ext.core.random import seed_of
 from nnssl_ext.core.records import write_json
 from nnssl_ext.dataset.splits import Split
 from nnssl_ext.engine.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
-from nnssl_ext.engine.device import kernels, resolve_device, resolve_precision
+from nnssl_ext.engine.device import cpu_has_bf16, kernels, resolve_device, resolve_precision
 from nnssl_ext.engine.distributed import World, any_rank, current_world, process_group
 from nnssl_ext.engine.run import (
     RunFolder,
@@ -179,9 +179,15 @@ class _Run:
             seed=self.settings.seed,
             precision=self.precision,
             compile_task=self.settings.compile,
-            channels_last=self.settings.channels_last,
+            channels_last=self._channels_last(),
         )
         self.progress = self._resume()
+        self.watch = Stopwatch(self.device)
+        self.speed = self.watch.speed(0.0)
+
+    def _channels_last(self) -> bool:
+        wanted = self.settings.channels_last
+        return self.device.type == "cpu" if wanted is None else wanted
 
     def _resume(self) -> Progress:
         if not self.spec.resume:
@@ -204,7 +210,6 @@ class _Run:
             train, val = stack.enter_context(self._loader("train")), stack.enter_context(self._loader("val"))
             tracker = stack.enter_context(self._tracker()) if self.world.main else None
             bar = stack.enter_context(Bar(self.trainer.total_steps, self.progress.step, self.world.main))
-            self.watch = Stopwatch(self.device)
             batches = train.batches(self.progress.step, self.trainer.total_steps)
             while self.progress.epoch < self.trainer.num_epochs:
                 self.watch.restart(train.wait_seconds)
@@ -218,6 +223,7 @@ class _Run:
 
     def _train_epoch(self, batches: Iterator[Batch], loader: PatchLoader, bar: Bar) -> bool:
         """The steps that are left of the epoch in hand; False where a signal asked to stop."""
+        self.speed = self.watch.speed(loader.wait_seconds)
         end = (self.progress.epoch + 1) * self.trainer.steps_per_epoch
         while self.progress.step < end:
             values = self.stepper.train_step(islice(batches, self.trainer.accumulate), self.progress.step)
@@ -308,7 +314,9 @@ class _Run:
         )
 
     def _describe(self) -> None:
-        """Write what the run is before it starts."""
+        """Write what the run is before it starts, and remove what a killed run left half written."""
+        for leftover in self.folder.path.rglob(".tmp-*"):
+            leftover.unlink()
         write_config(self.folder, self.spec, self.world.size, self.precision)
         write_json(self.folder.splits, {"train": list(self.split.train), "val": list(self.split.val)})
         write_json(self.folder.hashes, {"content_hashes": self.hashes})
@@ -324,3 +332,5 @@ class _Run:
             self.precision,
             self.device,
         )
+        if self.device.type == "cpu" and self.settings.precision == "auto" and cpu_has_bf16():
+            logger.info("This processor computes in bf16: --precision bf16 takes about half the time.")

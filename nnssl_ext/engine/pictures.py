@@ -96,7 +96,7 @@ def draw_progress(metrics: Records, timing: Records, title: str) -> Figure:
 
 
 def _series(records: Records, name: str) -> tuple[list[int], list[float]]:
-    rows = [(record["epoch"], record[name]) for record in records if record.get(name) is not None]
+    rows = [(record["epoch"] + 1, record[name]) for record in records if record.get(name) is not None]
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
@@ -124,7 +124,7 @@ def _draw_rate(axis: Axes, metrics: Records) -> None:
     epochs, norms = _series(metrics, "train_gradient_norm")
     if norms:
         other = axis.twinx()
-        other.plot(epochs, norms, color=GREY, linewidth=1.0, alpha=0.8)
+        other.plot(epochs, norms, color=GREY, linewidth=1.0)
         other.set_ylabel("gradient norm", color=GREY, fontsize=8)
         other.tick_params(axis="y", labelsize=8, colors=GREY)
         other.set_ylim(bottom=0)
@@ -155,9 +155,12 @@ def _draw_speed(axis: Axes, timing: Records) -> None:
 
 
 def _tidy(axis: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axis.set_xlabel("epoch", fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines["top"].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))

@@ -18,6 +18,7 @@ from nnssl_ext.core.records import read_json, to_dict, write_json
 from nnssl_ext.dataset.splits import Split, split_by_subject
 from nnssl_ext.engine.device import Precision
 from nnssl_ext.engine.task import PretrainTrainer
+from nnssl_ext.planners.architecture import RESENC_CLASS
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.planners.rules import FULL_PRECISION_BYTES, MIXED_PRECISION_BYTES, estimate_memory
 from nnssl_ext.preprocessing.store import Store
@@ -43,8 +44,8 @@ class RunSettings:
     """`bf16`, `fp16`, `fp32`, or `auto`: what the device has."""
     compile: bool = False
     """Whether torch.compile compiles the forward pass."""
-    channels_last: bool = False
-    """Whether tensors lie in memory with the channels last."""
+    channels_last: bool | None = None
+    """Whether tensors lie in memory with the channels last; None: on a CPU, where it saves a fifth of a step's time."""
     deterministic: bool = False
     """Whether only deterministic kernels are used, so that a resumed run on a GPU is bitwise the same."""
     num_workers: int = 0
@@ -165,14 +166,14 @@ def check_patch(configuration: Configuration) -> None:
 
 
 def check_memory(spec: RunSpec, precision: str) -> None:
-    """Refuse a step that cannot fit into the device.
+    """Refuse a step that cannot fit into the device; a network whose size is not known is let through.
 
     Raises:
         ValueError: Where the estimate of the planner's rules exceeds the memory.
     """
-    if spec.memory_gb is None:
-        return
     configuration = spec.configuration
+    if spec.memory_gb is None or configuration.architecture["network_class_name"] != RESENC_CLASS:
+        return
     needed = estimate_memory(
         configuration.architecture,
         configuration.patch_size,

@@ -88,6 +88,7 @@ class Tracker:
         self.metrics = JsonLines(folder / "metrics.jsonl", start_epoch)
         self.timing = JsonLines(folder / "timing.jsonl", start_epoch)
         self._drawn = -math.inf
+        self._undrawn = False
         self._writer: SummaryWriter | None = _writer(folder / "tensorboard", start_epoch) if tensorboard else None
 
     def epoch(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
@@ -100,13 +101,14 @@ class Tracker:
                 if isinstance(value, float):
                     self._writer.add_scalar(name, value, epoch)
         logger.info(epoch_line(metrics, timing, self.num_epochs))
-        now = time.monotonic()
-        if now - self._drawn > PROGRESS_INTERVAL or epoch == self.num_epochs - 1:
+        if time.monotonic() - self._drawn > PROGRESS_INTERVAL or epoch == self.num_epochs - 1:
             self.draw_progress()
-            self._drawn = now
+        else:
+            self._undrawn = True
 
     def draw_progress(self) -> None:
         """Draws `progress.png` from all records."""
+        self._drawn, self._undrawn = time.monotonic(), False
         figure = draw_progress(self.metrics.records, self.timing.records, self.title)
         with atomic_path(self.folder / "progress.png") as temporary:
             figure.savefig(temporary, dpi=DPI, format="png")
@@ -132,7 +134,7 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.metrics.records:
+        if self._undrawn:
             self.draw_progress()
         if self._writer is not None:
             self._writer.close()

@@ -8,6 +8,7 @@ import pytest
 
 from nnssl_ext.core.random import generator
 from nnssl_ext.engine.run import RunSettings, RunSpec
+from nnssl_ext.engine.tracking import Tracker
 from nnssl_ext.planners.plan import Plan
 from nnssl_ext.preprocessing.index import Index, write_index
 from nnssl_ext.preprocessing.store import write_case
@@ -37,6 +38,18 @@ def write_store(folder: Path, num_cases: int, cases_per_subject: int = 1, channe
             content_hashes=[f"{number:064x}"],
         )
     write_index(folder, Index(settings={}, entries=entries))
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Asked for by tests of runs that are to draw; the others save that second."""
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(Tracker, "draw_progress", lambda self: None)
+        monkeypatch.setattr(Tracker, "reconstruction", lambda self, *arguments: None)
 
 
 @pytest.fixture
