@@ -58,7 +58,9 @@ def _itk_header(path: Path) -> Header:
     except RuntimeError as error:
         if is_nifti(path):
             count_non_finite(path)  # says more where the file is damaged
-        raise ValueError(f"{path} cannot be read: {last_line(error)}") from error
+        ending = file_ending_of(path)
+        hint = f". Rename it to end in {ending.lower()}" if ending != ending.lower() else ""
+        raise ValueError(f"{path} cannot be read: {last_line(error)}{hint}") from error
     size, spacing = reader.GetSize(), reader.GetSpacing()
     components, dimension = reader.GetNumberOfComponents(), reader.GetDimension()
     if components != 1:

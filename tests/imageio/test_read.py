@@ -171,6 +171,12 @@ def test_truncated_picture_is_refused(tmp_path: Path, name: str) -> None:
         read_image([truncate(tmp_path / name, 0.7)])
 
 
+def test_itk_reads_no_mha_in_capitals(tmp_path: Path) -> None:
+    path = make(tmp_path / "x.mha").rename(tmp_path / "x.MHA")
+    with pytest.raises(ValueError, match=r"Rename it to end in \.mha"):
+        read_image([path])
+
+
 def test_vector_and_complex_images_are_refused(tmp_path: Path) -> None:
     vectors = sitk.GetImageFromArray(np.zeros((4, 5, 6, 3), np.float32), isVector=True)
     sitk.WriteImage(vectors, str(tmp_path / "v.nii.gz"))

@@ -13,7 +13,7 @@ GEOMETRY = Geometry(
 )
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"])
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
 def test_written_labels_come_back_where_they_were(tmp_path: Path, ending: str) -> None:
     labels = np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint8)
     write_segmentation(labels, GEOMETRY, tmp_path / f"s{ending}")
@@ -54,8 +54,11 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
         write_segmentation(np.zeros((2, 2), np.uint8), GEOMETRY, tmp_path / "s.nii.gz")
     with pytest.raises(ValueError, match=r"axes \(Z, Y, X\)"):
         write_image(np.zeros((1, 2, 2, 2)), GEOMETRY, tmp_path / "i.nii.gz")
-    with pytest.raises(ValueError, match="cannot be written"):
-        write_image(np.zeros((1, 2, 2)), GEOMETRY, tmp_path / "i.png")
+    for name in ("i.png", "i.mhd", "i.MHA"):
+        with pytest.raises(ValueError, match=f"{name} cannot be written"):
+            write_image(np.zeros((1, 2, 2)), GEOMETRY, tmp_path / name)
+    with pytest.raises(ValueError, match=r"s\.mhd cannot be written"):
+        write_segmentation(np.zeros((2, 2, 2), np.uint8), GEOMETRY, tmp_path / "s.mhd")
     with pytest.raises(RuntimeError):
         write_image(np.zeros((2, 2, 2), np.complex64), Geometry(spacing=(0.0, 1.0, 1.0)), tmp_path / "i.nii.gz")
     assert list(tmp_path.iterdir()) == []
