@@ -14,7 +14,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any, Protocol
 
 from typing_extensions import Self
@@ -142,7 +143,7 @@ class LocalExecutor:
     def _submit(self, function: Callable[..., Any], key: str, arguments: tuple[Any, ...]) -> Future[TaskResult]:
         with _single_threaded_children():
             if self._pool is None:
-                self._pool = ProcessPoolExecutor(self.num_processes, get_context("spawn"))
+                self._pool = ProcessPoolExecutor(self.num_processes, get_context("spawn"), initializer=_end_with_parent)
             try:
                 return self._pool.submit(guarded, function, key, arguments)
             except BrokenProcessPool as error:  # a worker died while idle: report it as one that died busy
@@ -154,6 +155,18 @@ class LocalExecutor:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=abandon)
             self._pool = None
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone, even killed: its siblings hold the queue open, so it would wait forever."""
+    parent = parent_process()
+    assert parent is not None, "only workers are initialised"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

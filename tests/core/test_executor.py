@@ -1,5 +1,8 @@
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,23 @@ def threads() -> tuple[str | None, str | None]:
     return os.environ.get("OMP_NUM_THREADS"), os.environ.get("OMP_WAIT_POLICY")
 
 
+def report_and_sleep(folder: str) -> None:
+    (Path(folder) / f"{os.getpid()}.pid").touch()
+    time.sleep(600)
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("num_processes", [0, 2])
 def test_results_and_errors_come_back_under_their_keys(num_processes):
     with make_executor(num_processes) as executor:
@@ -58,6 +78,24 @@ def test_workers_have_one_thread_each_and_this_process_keeps_its_own(monkeypatch
         (result,) = executor.run(threads, {"a": ()})
     assert result.value == ("1", "passive")
     assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = (
+        "from nnssl_ext.core.executor import make_executor\n"
+        "from tests.core.test_executor import report_and_sleep\n"
+        "if __name__ == '__main__':\n"
+        "    with make_executor(2) as executor:\n"
+        f"        list(executor.run(report_and_sleep, {{str(i): ({str(tmp_path)!r},) for i in range(2)}}))\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], env=environment)
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(is_running(worker) for worker in workers))
 
 
 def test_impossible_options_are_refused():
