@@ -158,7 +158,7 @@ class LocalExecutor:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent is gone, even killed: its siblings hold the queue open, so it would wait forever."""
+    """Ends this worker when its parent is gone, even killed: siblings hold the queue open, so it would wait forever."""
     parent = parent_process()
     assert parent is not None, "only workers are initialised"
 
