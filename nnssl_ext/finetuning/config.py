@@ -64,6 +64,11 @@ class FinetuningConfig:
     def __post_init__(self) -> None:
         if not self.splits:
             raise ValueError("splits is empty: list at least one fold with its train and val case ids")
+        for index, split in enumerate(self.splits):
+            both = sorted({*split.train} & {*split.val})
+            if both or not split.train or not split.val:
+                problem = f"trains and validates on {both[0]}" if both else "has no case to train or to validate on"
+                raise ValueError(f"fold {index} {problem}; a case belongs to one side, and both sides need cases")
         self._check_numbers()
         total = self.iterations_per_epoch * self.num_epochs
         spent = self.decoder_steps + self.warmup_steps

@@ -5,26 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nnssl_ext.core.paths import find_dataset
-from nnssl_ext.core.random import seed_of
-from nnssl_ext.core.records import from_dict, read_json, to_dict, write_json
+from nnssl_ext.core.records import apply_overrides, from_dict, read_json, to_dict, write_json
 from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split, folds_by_subject
 from nnssl_ext.finetuning.config import PLANS_KEY, FinetuningConfig
 from nnssl_ext.finetuning.environment import nnunet_root
 from nnssl_ext.finetuning.nnunet_dataset import NNUNET_PLANS, prepare_dataset
-from nnssl_ext.finetuning.preprocessing_settings import (
-    Mode,
-    Preprocessing,
-    configuration_name,
-    resolve_preprocessing,
-)
+from nnssl_ext.finetuning.plans_content import build_finetuning_network, build_plans, smaller_patch
+from nnssl_ext.finetuning.preprocessing_settings import Mode, Preprocessing, resolve_preprocessing
 from nnssl_ext.finetuning.pretrained import Pretrained, read_pretrained
 from nnssl_ext.finetuning.weights import Adapted, Transfer, adapt_weights, save_weights
 
@@ -33,9 +25,8 @@ PREFIX = "ptPlans__"
 SPLITS_FILE = "splits_final.json"
 PRETRAINED_LR = 1e-3
 """Peak learning rate of SGD for a pretrained CNN (upstream); from scratch it is nnU-Net's 1e-2."""
-BATCH_SIZES = {2: 12, 3: 2}
-"""Default batch size by the number of dimensions: nnU-Net's reference values."""
-NUM_FOLDS = 5
+_STATUSES = ("loaded", "adapted", "fresh", "left over")
+_REPORTED = ("spacing", "patch_size", "batch_size", "normalization_schemes", "data_identifier")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,24 +87,27 @@ def plan_finetuning(
         FileNotFoundError: If checkpoint, dataset or a label is missing.
         ValueError: If something does not fit; the message says what is allowed.
     """
+    plans_name = _plans_name(name)
     pretrained = read_pretrained(checkpoint)
     folder = prepare_dataset(dataset, num_processes, with_plans=mode == "default_nnunet")
     fingerprint, dataset_json = read_json(folder / "dataset_fingerprint.json"), read_json(folder / "dataset.json")
-    preprocessing = resolve_preprocessing(
-        mode,
-        pretrained,
-        num_channels=len(dataset_json["channel_names"]),
-        fingerprint=fingerprint,
-        nnunet_plans=read_json(folder / f"{NNUNET_PLANS}.json") if mode == "default_nnunet" else None,
-        spacing=spacing,
-    )
-    plans = _plans(pretrained, preprocessing, fingerprint, tuple(patch_size or pretrained.patch_size), batch_size)
-    plans |= {"dataset_name": folder.name, "plans_name": _plans_name(name), "image_reader_writer": _reader(folder.name)}
-    adapted = None if from_scratch else adapt_weights(pretrained, _network(plans, dataset_json), transfer, ignore_keys)
-    config = _config(folder, pretrained, splits, adapted, _plans_name(name), settings)
+    preprocessing = _preprocessing(folder, pretrained, mode, spacing, fingerprint, dataset_json)
+    plans = {
+        "dataset_name": folder.name,
+        "plans_name": plans_name,
+        "image_reader_writer": _reader(folder.name),
+        **build_plans(pretrained, preprocessing, fingerprint, patch_size or pretrained.patch_size, batch_size),
+    }
+    adapted = None
+    if not from_scratch:
+        network = build_finetuning_network(plans, dataset_json)
+        adapted = adapt_weights(pretrained, network, transfer, ignore_keys)
+    folds = splits or dataset_splits(folder)
+    _check_cases(folds, folder.name)
+    config = _config(plans_name, pretrained, folds, adapted, settings)
     plans[PLANS_KEY] = to_dict(config)
-    plans["pretrain_info"] = _pretrain_info(pretrained, mode, transfer, from_scratch)
-    return _write(folder, plans, adapted, pretrained, mode)
+    plans["pretrain_info"] = _pretrain_info(pretrained, mode, None if from_scratch else transfer)
+    return _write(folder, plans, adapted, pretrained)
 
 
 def derive_plans(base: Path, name: str, splits: Sequence[Split], seed: int, **settings: Any) -> Path:
@@ -147,124 +141,32 @@ def derive_plans(base: Path, name: str, splits: Sequence[Split], seed: int, **se
     return path
 
 
-def _plans_name(name: str) -> str:
-    if not name.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(f"name {name!r} is not allowed: letters, digits, '_' and '-' only")
-    return name if name.startswith(PREFIX) else f"{PREFIX}{name}"
+def default_config() -> FinetuningConfig:
+    """The settings' defaults, with a placeholder for the folds, which have none."""
+    return FinetuningConfig(splits=(Split(("train",), ("val",)),))
 
 
-def _plans(
-    pretrained: Pretrained,
-    preprocessing: Preprocessing,
-    fingerprint: Mapping[str, Any],
-    patch_size: tuple[int, ...],
-    batch_size: int | None,
-) -> dict[str, Any]:
-    """The plans' content that depends on checkpoint and data, in nnU-Net's keys."""
-    dims = len(pretrained.patch_size)
-    check_patch_size(patch_size, pretrained)
-    order = list(preprocessing.transpose_forward)
-    shapes = np.asarray(fingerprint["shapes_after_crop"], dtype=float)[:, order]
-    spacings = np.asarray(fingerprint["spacings"], dtype=float)[:, order]
-    configuration = {
-        "data_identifier": preprocessing.identifier(),
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": BATCH_SIZES[dims] if batch_size is None else batch_size,
-        "patch_size": list(patch_size),
-        "median_image_size_in_voxels": _median_shape(shapes, spacings, preprocessing, dims),
-        "spacing": list(preprocessing.spacing),
-        "normalization_schemes": list(preprocessing.normalization_schemes),
-        "use_mask_for_norm": list(preprocessing.use_mask_for_norm),
-        **preprocessing.resampling,
-        "architecture": pretrained.architecture,
-        "batch_dice": dims == 2,
-    }
-    return {
-        "original_median_spacing_after_transp": [float(value) for value in np.median(spacings, axis=0)],
-        "original_median_shape_after_transp": [round(value) for value in np.median(shapes, axis=0)],
-        "transpose_forward": order,
-        "transpose_backward": list(preprocessing.transpose_backward),
-        "experiment_planner_used": "nnssl_plan_finetuning",
-        "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": preprocessing.intensities,
-        "configurations": {configuration_name(dims): configuration},
-    }
-
-
-def _median_shape(shapes: np.ndarray, spacings: np.ndarray, preprocessing: Preprocessing, dims: int) -> list[float]:
-    """Median shape in voxels after resampling, over the network's dimensions."""
-    shapes, spacings = shapes[:, 3 - dims :], spacings[:, 3 - dims :]
-    if preprocessing.resampling["resampling_fn_data"] != "no_resampling_hack":
-        shapes = np.round(shapes * spacings / np.asarray(preprocessing.spacing))
-    return [float(value) for value in np.median(shapes, axis=0)]
-
-
-def check_patch_size(patch_size: Sequence[int], pretrained: Pretrained) -> None:
-    """Refuses a patch that the pretrained network cannot process.
+def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings for `plan_finetuning` from texts such as `lr=1e-2`.
 
     Raises:
-        ValueError: Names what the size must be divisible by, or that it is too small.
+        ValueError: If one is no setting, or its value does not fit.
     """
-    strides = [tuple(stride) for stride in pretrained.architecture["arch_kwargs"]["strides"]]
-    if len(patch_size) != len(strides[0]):
-        raise ValueError(f"patch size {tuple(patch_size)} does not fit a network of {len(strides[0])} dimensions")
-    total = tuple(prod(stride[axis] for stride in strides) for axis in range(len(strides[0])))
-    if any(size < 1 or size % step for size, step in zip(patch_size, total, strict=True)):
-        nearest = tuple(-(-max(size, 1) // step) * step for size, step in zip(patch_size, total, strict=True))
-        raise ValueError(
-            f"patch size {tuple(patch_size)} must be divisible by {total} for this network: try "
-            f"-patch_size {' '.join(map(str, nearest))}"
-        )
-    if prod(patch_size) == prod(total):
-        raise ValueError(f"patch size {tuple(patch_size)} leaves one voxel at the deepest stage; double one axis")
+    changed = to_dict(apply_overrides(default_config(), overrides))
+    return {name: changed[name] for name in (override.partition("=")[0].strip() for override in overrides)}
 
 
-def _network(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> Any:
-    """The network as nnU-Net builds it from the plans; what is fresh in the weights file comes from a fixed seed."""
-    import torch
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+def read_splits(path: Path) -> list[Split]:
+    """Folds in the format of nnU-Net's `splits_final.json`.
 
-    (configuration,) = plans["configurations"].values()
-    labels = PlansManager(dict(plans)).get_label_manager(dict(dataset_json))
-    architecture = configuration["architecture"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of("fresh weights"))
-        return get_network_from_plans(
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-            len(configuration["normalization_schemes"]),
-            labels.num_segmentation_heads,
-            deep_supervision=True,
-        )
-
-
-def _reader(dataset_name: str) -> str:
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-    raw = nnunet_root("raw") / dataset_name
-    example = str(Manifest.load(raw).cases[0].images[0])
-    return determine_reader_writer_from_dataset_json(read_json(raw / "dataset.json"), example, verbose=False).__name__
-
-
-def _config(
-    folder: Path,
-    pretrained: Pretrained,
-    splits: Sequence[Split] | None,
-    adapted: Adapted | None,
-    plans_name: str,
-    settings: Mapping[str, Any],
-) -> FinetuningConfig:
-    own: dict[str, Any] = {"splits": [to_dict(split) for split in splits or dataset_splits(folder)]}
-    if adapted is not None:
-        own |= {
-            "pretrained_weights": f"{plans_name}.pth",
-            "pretraining_content_hashes": list(pretrained.content_hashes),
-            "lr": PRETRAINED_LR,
-            "schedule": "warmup",
-        }
-    return from_dict(FinetuningConfig, {**own, **settings}, plans_name)
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no list of `{"train": [...], "val": [...]}`.
+    """
+    folds = read_json(path)
+    if not isinstance(folds, list):
+        raise ValueError(f'{path} must hold a list of folds, each {{"train": [...], "val": [...]}}')
+    return [from_dict(Split, fold, f"{path}, fold {index}") for index, fold in enumerate(folds)]
 
 
 def dataset_splits(folder: Path) -> list[Split]:
@@ -276,12 +178,73 @@ def dataset_splits(folder: Path) -> list[Split]:
     path = folder / SPLITS_FILE
     if not path.is_file():
         manifest = Manifest.load(find_dataset(folder.name, nnunet_root("raw")))
-        write_json(path, [to_dict(split) for split in folds_by_subject(manifest.subjects(), num_folds=NUM_FOLDS)])
-    return [from_dict(Split, split, str(path)) for split in read_json(path)]
+        write_json(path, [to_dict(split) for split in folds_by_subject(manifest.subjects())])
+    return read_splits(path)
 
 
-def _pretrain_info(pretrained: Pretrained, mode: Mode, transfer: Transfer, from_scratch: bool) -> dict[str, Any]:
-    """Upstream's block of the same name, without the path, and how the plans were made."""
+def _plans_name(name: str) -> str:
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"name {name!r} is not allowed: letters, digits, '_' and '-' only")
+    return name if name.startswith(PREFIX) else f"{PREFIX}{name}"
+
+
+def _check_cases(splits: Sequence[Split], dataset_name: str) -> None:
+    known = {case.case_id for case in Manifest.load(nnunet_root("raw") / dataset_name).cases}
+    unknown = sorted({case for split in splits for case in (*split.train, *split.val)} - known)
+    if unknown:
+        raise ValueError(
+            f"the folds name {len(unknown)} cases that {dataset_name} does not have, such as {unknown[0]}. Correct "
+            f"{SPLITS_FILE} beside the plans, or give other folds with --splits"
+        )
+
+
+def _preprocessing(
+    folder: Path,
+    pretrained: Pretrained,
+    mode: Mode,
+    spacing: Sequence[float] | None,
+    fingerprint: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+) -> Preprocessing:
+    return resolve_preprocessing(
+        mode,
+        pretrained,
+        num_channels=len(dataset_json["channel_names"]),
+        fingerprint=fingerprint,
+        nnunet_plans=read_json(folder / f"{NNUNET_PLANS}.json") if mode == "default_nnunet" else None,
+        spacing=spacing,
+    )
+
+
+def _reader(dataset_name: str) -> str:
+    """nnU-Net's choice of a reader for the dataset, by class name."""
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    raw = nnunet_root("raw") / dataset_name
+    example = str(Manifest.load(raw).cases[0].images[0])
+    return determine_reader_writer_from_dataset_json(read_json(raw / "dataset.json"), example, verbose=False).__name__
+
+
+def _config(
+    plans_name: str,
+    pretrained: Pretrained,
+    splits: Sequence[Split],
+    adapted: Adapted | None,
+    settings: Mapping[str, Any],
+) -> FinetuningConfig:
+    own: dict[str, Any] = {"splits": [to_dict(split) for split in splits]}
+    if adapted is not None:
+        own |= {
+            "pretrained_weights": f"{plans_name}.pth",
+            "pretraining_content_hashes": list(pretrained.content_hashes),
+            "lr": PRETRAINED_LR,
+            "schedule": "warmup",
+        }
+    return from_dict(FinetuningConfig, {**own, **settings}, plans_name)
+
+
+def _pretrain_info(pretrained: Pretrained, mode: Mode, transfer: Transfer | None) -> dict[str, Any]:
+    """Upstream's block of the same name, without the checkpoint's path, and how the plans were made."""
     return {
         "checkpoint_name": pretrained.name,
         "key_to_encoder": pretrained.encoder_key,
@@ -293,32 +256,31 @@ def _pretrain_info(pretrained: Pretrained, mode: Mode, transfer: Transfer, from_
         "pt_recommended_downstream_patchsize": list(pretrained.patch_size),
         "citations": list(pretrained.citations),
         "mode": mode,
-        "transfer": None if from_scratch else transfer,
+        "transfer": transfer,
     }
 
 
-def _write(
-    folder: Path, plans: dict[str, Any], adapted: Adapted | None, pretrained: Pretrained, mode: Mode
-) -> FinetuningPlan:
+def _write(folder: Path, plans: dict[str, Any], adapted: Adapted | None, pretrained: Pretrained) -> FinetuningPlan:
+    """Writes weights and report first: where the plans are, the rest is."""
     path = folder / f"{plans['plans_name']}.json"
-    ((configuration, settings),) = plans["configurations"].items()
-    rows = [] if adapted is None else [to_dict(row) for row in adapted.rows]
-    counts = {
-        status: sum(row["status"] == status for row in rows) for status in ("loaded", "adapted", "fresh", "left over")
-    }
-    kept = ("spacing", "patch_size", "batch_size", "normalization_schemes", "data_identifier")
+    ((configuration, own),) = plans["configurations"].items()
     report = {
         "plans_name": plans["plans_name"],
-        "checkpoint": pretrained.name,
-        "pretrained": adapted is not None,
-        "mode": mode,
-        "preprocessing": {key: settings[key] for key in kept},
-        "tensors": counts,
-        "keys": rows,
+        "pretrain_info": plans["pretrain_info"],
+        "preprocessing": {key: own[key] for key in _REPORTED},
+        **_key_report(adapted),
     }
-    weights_path = None
-    if adapted is not None:
-        weights_path = path.with_suffix(".pth")
+    fitting = smaller_patch(own)
+    if fitting is not None:
+        logger.warning(
+            "patch size %s is more than twice the volume of the median image (%s voxels): most of a patch would be "
+            "padding. Consider -patch_size %s",
+            own["patch_size"],
+            own["median_image_size_in_voxels"],
+            " ".join(map(str, fitting)),
+        )
+    weights_path = path.with_suffix(".pth") if adapted is not None else None
+    if adapted is not None and weights_path is not None:
         save_weights(weights_path, adapted, pretrained.citations)
     report_path = path.with_name(f"{path.stem}_report.json")
     write_json(report_path, report)
@@ -330,3 +292,10 @@ def _write(
         report_path=report_path,
         report=report,
     )
+
+
+def _key_report(adapted: Adapted | None) -> dict[str, Any]:
+    """Tensors by what became of them: counts, then one row each."""
+    rows = [] if adapted is None else [to_dict(row) for row in adapted.rows]
+    counts = {status: sum(row["status"] == status for row in rows) for status in _STATUSES}
+    return {"tensors": counts, "keys": rows}

@@ -39,6 +39,8 @@ from nnssl_ext.finetuning.weights import load_weights
 METRICS_FILE = "finetuning_metrics.jsonl"
 WORKERS_VARIABLE = "nnUNet_n_proc_DA"
 """nnU-Net's environment variable for the number of augmentation processes."""
+PLOT_INTERVAL = 60.0
+"""Seconds between two drawings of progress.png, which takes about one."""
 _COMPILE_PREFIX = "_orig_mod."
 _CUDA = torch.device("cuda")
 
@@ -66,6 +68,7 @@ class SSLFinetuneTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = self.config.val_iterations_per_epoch
         self.save_every = self.config.save_every
         self.step = 0
+        self._plotted = time()
 
     @property
     def metrics_file(self) -> Path:
@@ -204,7 +207,7 @@ class SSLFinetuneTrainer(nnUNetTrainer):
         self.grad_scaler.update()
 
     def on_epoch_end(self) -> None:
-        """Logs the epoch, predicts whole volumes where due, and writes checkpoints; the curves are drawn with them."""
+        """Logs the epoch, draws the curves now and then, predicts whole volumes where due, and writes checkpoints."""
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         done = self.current_epoch + 1
         last, saves = done == self.num_epochs, done % self.save_every == 0
@@ -215,8 +218,9 @@ class SSLFinetuneTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            if last or saves:
+            if last or time() - self._plotted > PLOT_INTERVAL:
                 self.logger.plot_progress_png(self.output_folder)
+                self._plotted = time()
         ema = self.logger.get_value("ema_fg_dice", step=-1)
         if self._best_ema is None or ema > self._best_ema:
             self._best_ema = ema

@@ -146,3 +146,24 @@ def checkpoint_file(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoint.pth"
     torch.save(checkpoint(), path)
     return path
+
+
+def write_fingerprint(preprocessed: Path, channels: int = 1) -> Path:
+    """nnU-Net's fingerprint of the tiny dataset, without the processes that extracting it takes."""
+    statistics = {"mean": 180.0, "median": 180.0, "std": 40.0, "min": 90.0, "max": 290.0}
+    statistics |= {"percentile_99_5": 280.0, "percentile_00_5": 95.0}
+    folder = preprocessed / DATASET
+    content = {
+        "spacings": [[1.5, 1.0, 1.0]] * NUM_CASES,
+        "shapes_after_crop": [list(SHAPE)] * NUM_CASES,
+        "foreground_intensity_properties_per_channel": {str(c): statistics for c in range(channels)},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    write_json(folder / "dataset_fingerprint.json", content)
+    return folder
+
+
+@pytest.fixture
+def labelled_dataset(raw_dataset: Path, roots: Path) -> Path:
+    """The tiny dataset with its fingerprint; its preprocessed folder."""
+    return write_fingerprint(roots / "preprocessed")
