@@ -24,7 +24,8 @@ def centre_view(data: Tensor, valid: Tensor, size: Sequence[int]) -> SpatialView
         size: Voxels of the view per axis.
     """
     as_it_is = torch.eye(len(size), device=valid.device).expand(len(valid), -1, -1)
-    return apply_transform(data, valid, place_view(valid, as_it_is, None, size))
+    transform = place_view(valid, as_it_is, None, size)
+    return apply_transform(data, valid, replace(transform, unmoved=dict.fromkeys(range(len(valid)), ())))
 
 
 def random_crop(

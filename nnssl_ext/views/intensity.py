@@ -179,8 +179,11 @@ def _filter(data: Tensor, valid: Tensor, weights: Callable[[int], Tensor]) -> Te
 
 
 def _along(data: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    moved = data.movedim(axis, 2)
-    return (matrix @ moved.flatten(3)).view(moved.shape).movedim(2, axis)
+    """Applies a matrix (N, C, size, size) along one axis, without moving that axis in memory."""
+    if axis == data.dim() - 1:
+        return (data.flatten(2, -2) @ matrix.transpose(2, 3)).view(data.shape)
+    before = data.shape[2:axis].numel()
+    return (matrix.unsqueeze(2) @ data.reshape(*data.shape[:2], before, data.shape[axis], -1)).view(data.shape)
 
 
 def _moments(data: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

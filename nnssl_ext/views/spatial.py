@@ -7,10 +7,11 @@ voxel of the view is valid only when everything that was interpolated for it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -84,6 +85,14 @@ class SpatialTransform:
     """(B, D): input voxel, with fractions, that the middle of the view looks at."""
     displacement: Tensor | None = None
     """(B, D, *size), in voxels of the view; None is no deformation."""
+    unmoved: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Rows of the batch that are cut and flipped along these axes, and otherwise as they are: copied, not
+    interpolated."""
+
+    def of(self, rows: Sequence[int]) -> SpatialTransform:
+        """The transform of some rows of the batch, all to be interpolated."""
+        displacement = None if self.displacement is None else self.displacement[rows]
+        return SpatialTransform(self.size, self.matrix[rows], self.centre[rows], displacement)
 
     def coordinates(self) -> Tensor:
         """Input voxel coordinates of every voxel of the view: (B, D, *size)."""
@@ -153,11 +162,17 @@ def draw_transform(
         zoom: (B,), crop voxels per voxel of the view before scaling; None: 1.
         place: (B, D), from 0 (at the first real voxels) to 1 (at the last ones); None: at the middle of the crop.
     """
-    matrix = _matrix(spacing.to(valid.device), random, config)
+    flipped = random.bernoulli("flip", config.flip, (len(size),))
+    matrix, moved = _matrix(spacing.to(valid.device), random, config)
+    matrix = matrix * torch.from_numpy(1 - 2 * flipped.astype(np.float32)).to(valid.device).unsqueeze(1)
+    displacement, deformed = _displacement(random, config, size, valid.device)
     if zoom is not None:
         matrix = matrix * zoom.view(-1, 1, 1)
-    displacement = _displacement(random, config, size, valid.device)
-    return place_view(valid, matrix, displacement, size, config.inside, place)
+    transform = place_view(valid, matrix, displacement, size, config.inside, place)
+    if zoom is not None or place is not None or config.inside:
+        return transform
+    unmoved = np.flatnonzero(~(moved | deformed)).tolist()
+    return replace(transform, unmoved={row: tuple(np.flatnonzero(flipped[row]).tolist()) for row in unmoved})
 
 
 def place_view(
@@ -186,13 +201,34 @@ def place_view(
 
 def apply_transform(data: Tensor, valid: Tensor, transform: SpatialTransform) -> SpatialView:
     """Resamples data (linearly) and validity (strictly) in one pass."""
-    crop = _columns(torch.tensor(valid.shape[2:], device=data.device), len(transform.size))
-    grid = (2 * transform.coordinates() + 1) / crop - 1
-    grid = grid.flip(1).movedim(1, -1)  # grid_sample wants the last axis first
     together = torch.cat([data, valid.to(data.dtype)], dim=1)
-    sampled = F.grid_sample(together, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    moved = [row for row in range(len(data)) if row not in transform.unmoved]
+    if len(moved) == len(data):
+        sampled = _interpolate(together, transform)
+    else:
+        sampled = together.new_empty(*together.shape[:2], *transform.size)
+        for row, flipped in transform.unmoved.items():
+            sampled[row] = _cut(together[row], transform, row).flip([axis + 1 for axis in flipped])
+        if moved:
+            sampled[moved] = _interpolate(together[moved], transform.of(moved))
     inside = sampled[:, -1:] > _MIN_WEIGHT
     return SpatialView(sampled[:, :-1].masked_fill(~inside, 0), inside, transform)
+
+
+def _interpolate(data: Tensor, transform: SpatialTransform) -> Tensor:
+    crop = torch.tensor(data.shape[2:], device=data.device)  # grid_sample counts from -1 to 1 across the crop's edges
+    matrix, centre = transform.matrix * 2 / crop.unsqueeze(1), (2 * transform.centre + 1) / crop - 1
+    grid = replace(transform, matrix=matrix.flip(1), centre=centre.flip(1)).coordinates().movedim(1, -1)
+    return F.grid_sample(data, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _cut(sample: Tensor, transform: SpatialTransform, row: int) -> Tensor:
+    """The voxels (C, *size) of a sample (C, *crop) that an unmoved view looks at."""
+    for axis, edge in enumerate(transform.size):
+        if edge != sample.shape[axis + 1]:
+            start = (transform.centre[row, axis] - (edge - 1) / 2).round().long()
+            sample = sample.index_select(axis + 1, start + torch.arange(edge, device=sample.device))
+    return sample
 
 
 def _columns(values: Tensor, dims: int) -> Tensor:
@@ -201,12 +237,14 @@ def _columns(values: Tensor, dims: int) -> Tensor:
 
 def valid_box(valid: Tensor) -> tuple[Tensor, Tensor]:
     """First and last valid voxel per axis, each (B, D) float; the whole crop where nothing is valid."""
-    lower, upper = [], []
-    for axis in range(2, valid.dim()):
-        others = tuple(a for a in range(1, valid.dim()) if a != axis)
-        profile = valid.any(dim=others).int()
-        lower.append(profile.argmax(1))
-        upper.append(profile.shape[1] - 1 - profile.flip(1).argmax(1))
+    lower: list[Tensor] = []
+    upper: list[Tensor] = []
+    rest = valid.float()
+    for axis in range(valid.dim() - 1, 1, -1):
+        profile = rest.flatten(1, axis - 1).amax(1)
+        lower.insert(0, profile.argmax(1))
+        upper.insert(0, profile.shape[1] - 1 - profile.flip(1).argmax(1))
+        rest = rest.amax(axis)
     return torch.stack(lower, 1).float(), torch.stack(upper, 1).float()
 
 
@@ -218,8 +256,8 @@ def _half_extent(matrix: Tensor, displacement: Tensor | None, size: Sequence[int
     return (matrix.abs() * half.unsqueeze(1)).sum(2)
 
 
-def _matrix(spacing: Tensor, random: SampleRandom, config: SpatialConfig) -> Tensor:
-    """Flips, rotations in millimetres and scaling as one matrix (B, D, D)."""
+def _matrix(spacing: Tensor, random: SampleRandom, config: SpatialConfig) -> tuple[Tensor, npt.NDArray[np.bool_]]:
+    """Rotations in millimetres and scaling as one matrix (B, D, D), and which rows are rotated or scaled."""
     batch, dims = spacing.shape
     device = spacing.device
 
@@ -229,16 +267,16 @@ def _matrix(spacing: Tensor, random: SampleRandom, config: SpatialConfig) -> Ten
     planes = [(a, b) for a in range(dims) for b in range(a + 1, dims)]
     limit = np.deg2rad(config.rotation_degrees)
     angles = draw(random.uniform("angles", -limit, limit, (len(planes),)))
-    angles = angles * draw(random.bernoulli("rotate", config.rotation)).unsqueeze(1)
+    rotated, scaled = random.bernoulli("rotate", config.rotation), random.bernoulli("rescale", config.scaling)
+    angles = angles * draw(rotated).unsqueeze(1)
     matrix = torch.eye(dims, device=device).expand(batch, -1, -1)
     for number, (a, b) in enumerate(planes):
         ratio = torch.maximum(spacing[:, a] / spacing[:, b], spacing[:, b] / spacing[:, a])
         matrix = _rotated(matrix, angles[:, number] * (ratio <= config.max_anisotropy), a, b)
     matrix = matrix * spacing.unsqueeze(1) / spacing.unsqueeze(2)
     low, high = np.log(config.scale_range)
-    zoom = draw(random.uniform("scale", low, high)) * draw(random.bernoulli("rescale", config.scaling))
-    signs = 1 - 2 * draw(random.bernoulli("flip", config.flip, (dims,))).float()
-    return matrix * signs.unsqueeze(1) * torch.exp(-zoom).view(-1, 1, 1)
+    zoom = draw(random.uniform("scale", low, high)) * draw(scaled)
+    return matrix * torch.exp(-zoom).view(-1, 1, 1), rotated | scaled
 
 
 def _rotated(matrix: Tensor, angle: Tensor, a: int, b: int) -> Tensor:
@@ -252,20 +290,20 @@ def _rotated(matrix: Tensor, angle: Tensor, a: int, b: int) -> Tensor:
 
 def _displacement(
     random: SampleRandom, config: SpatialConfig, size: Sequence[int], device: torch.device
-) -> Tensor | None:
-    """A cubic B-spline of uniform control vectors, (B, D, *size) in voxels; None where no sample is deformed."""
+) -> tuple[Tensor | None, npt.NDArray[np.bool_]]:
+    """A cubic B-spline of uniform control vectors, (B, D, *size) in voxels, and which rows are deformed."""
     chosen = random.bernoulli("deform", config.elastic)
     if not chosen.any():
-        return None
+        return None, chosen
     dims, points = len(size), config.elastic_cells + _SPLINE_SUPPORT - 1
     control = random.uniform("control", -config.elastic_magnitude, config.elastic_magnitude, (dims, *[points] * dims))
-    field = torch.from_numpy(control * chosen.reshape(-1, *[1] * (dims + 1))).to(device)
+    vectors = torch.from_numpy(control * chosen.reshape(-1, *[1] * (dims + 1))).to(device)
     cells = torch.tensor([edge / config.elastic_cells for edge in size], device=device)
-    field = field * _columns(cells, dims)
+    vectors = vectors * _columns(cells, dims)
     for axis, edge in enumerate(size, start=2):
         weights = _spline_weights(edge, config.elastic_cells).to(device)
-        field = torch.tensordot(field, weights, dims=([axis], [1])).movedim(-1, axis)
-    return field
+        vectors = torch.tensordot(vectors, weights, dims=([axis], [1])).movedim(-1, axis)
+    return vectors, chosen
 
 
 def _spline_weights(size: int, cells: int) -> Tensor:

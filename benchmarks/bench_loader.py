@@ -1,0 +1,150 @@
+"""Crops a second of one core: this loader against nnU-Net's, bare and with nnU-Net's default spatial augmentation.
+
+Makes MR-like volumes, writes them in both formats, and reads crops from each in this process with one thread. Views are
+the training device's work here, so the bare rate is what a worker delivers; nnU-Net's workers also augment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH_SIZE = 2
+Patch = tuple[int, int, int]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The benchmark's arguments."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--edges", type=int, nargs="+", default=[64, 96, 160], help="patch edges (default: 64 96 160)")
+    result.add_argument("--num_volumes", type=int, default=4, help="volumes to read from (default: 4)")
+    result.add_argument("--edge", type=int, default=200, help="edge of a volume in voxels (default: 200)")
+    result.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts (default: 5)")
+    result.add_argument("--seconds", type=float, default=1.5, help="CPU time of one run (default: 1.5)")
+    result.add_argument("--json", type=Path, help="also write the figures to this file")
+    return result
+
+
+def volume(seed: int, edge: int) -> tuple[np.ndarray, np.ndarray]:
+    """A z-scored volume (1, Z, Y, X) of smooth tissue with noise, and where it is not background (Z, Y, X)."""
+    from scipy.ndimage import gaussian_filter
+
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in rng.integers(round(0.9 * edge), round(1.1 * edge) + 1, 3))
+    tissue = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 3)
+    image = tissue / tissue.std() + 0.1 * rng.standard_normal(shape, dtype=np.float32)
+    grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True)
+    inside = sum(axis**2 for axis in grid) < 1
+    return np.where(inside, image, 0)[None].astype(np.float32), inside
+
+
+def write_both(folder: Path, num_volumes: int, edge: int, patch: Patch) -> tuple[Any, Any]:
+    """The same volumes as this project's store and as nnU-Net's dataset."""
+    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+
+    from nnssl_ext.preprocessing.store import Store, write_case
+
+    theirs, entries = folder / "theirs", {}
+    theirs.mkdir(parents=True)
+    for number in range(num_volumes):
+        name = f"case_{number}"
+        image, inside = volume(number, edge)
+        entries[name] = write_case(folder / "ours", name, image, {}, inside, spacing=(1, 1, 1))
+        blocks, chunks = comp_blosc2_params(image.shape, patch, image.itemsize)
+        properties = {"class_locations": {1: np.argwhere(inside[None])[:10000]}}
+        sizes = {"chunks": chunks, "blocks": blocks, "chunks_seg": chunks, "blocks_seg": blocks}
+        labels = inside[None].astype(np.int8)
+        nnUNetDatasetBlosc2.save_case(image, labels, properties, str(theirs / name), **sizes)
+    return Store(folder / "ours", entries), nnUNetDatasetBlosc2(str(theirs))
+
+
+def their_batches(dataset: Any, patch: Patch, augmented: bool) -> Callable[[], Any]:
+    """One call of nnU-Net's data loader; augmented ones read a larger patch, as its trainer does."""
+    from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+    from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+    from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    labels = LabelManager({"background": 0, "tissue": 1}, None)
+    if not augmented:
+        return nnUNetDataLoader(dataset, BATCH_SIZE, patch, patch, labels, 0.33).generate_train_batch
+    angle = (-np.pi / 6, np.pi / 6)
+    larger = get_patch_size(np.array(patch), angle, angle, angle, (0.85, 1.25))
+    transform = SpatialTransform(
+        patch,
+        patch_center_dist_from_border=0,
+        random_crop=False,
+        p_elastic_deform=0,
+        p_rotation=0.2,
+        rotation=angle,
+        p_scaling=0.2,
+        scaling=(0.7, 1.4),
+        p_synchronize_scaling_across_axes=1,
+    )
+    loader = nnUNetDataLoader(dataset, BATCH_SIZE, larger, patch, labels, 0.33, transforms=transform)
+    return loader.generate_train_batch
+
+
+def our_batches(store: Any, patch: Patch, augmented: bool) -> Callable[[], Any]:
+    """One batch of this loader; augmented ones go through the spatial view on the CPU."""
+    from nnssl_ext.core.random import SampleRandom
+    from nnssl_ext.loading.loader import PatchLoader
+    from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+
+    batches = PatchLoader(store, list(store.entries), patch, BATCH_SIZE, seed=0).batches(0, 10**9)
+    numbers, config = count(), SpatialConfig()
+
+    def viewed() -> Any:
+        batch = next(batches)
+        random = SampleRandom(0, next(numbers), batch.samples)
+        return spatial_view(batch.data, batch.valid, batch.spacing, random, config)
+
+    return viewed if augmented else lambda: next(batches)
+
+
+def rate(batch: Callable[[], Any], repeats: int, seconds: float) -> float:
+    """Crops a CPU-second: the median of several runs after a first batch that is not counted."""
+    batch()
+    rates = []
+    for _ in range(repeats):
+        number, started = 0, time.process_time()
+        while time.process_time() - started < seconds:
+            batch()
+            number += 1
+        rates.append(number * BATCH_SIZE / (time.process_time() - started))
+    return statistics.median(rates)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the benchmark and prints a table."""
+    arguments = parser().parse_args(argv)
+    import torch
+
+    torch.set_num_threads(1)
+    figures = []
+    print(f"{'patch':>6} {'views':>7} {'nnU-Net /s':>11} {'this /s':>9} {'ratio':>6}")
+    for edge in arguments.edges:
+        patch = (edge, edge, edge)
+        with tempfile.TemporaryDirectory() as folder:
+            store, dataset = write_both(Path(folder), arguments.num_volumes, arguments.edge, patch)
+            for augmented in (False, True):
+                theirs = rate(their_batches(dataset, patch, augmented), arguments.repeats, arguments.seconds)
+                ours = rate(our_batches(store, patch, augmented), arguments.repeats, arguments.seconds)
+                figures.append({"patch": edge, "augmented": augmented, "nnunet": theirs, "this": ours})
+                views = "spatial" if augmented else "none"
+                print(f"{edge:>5}³ {views:>7} {theirs:>11.1f} {ours:>9.1f} {ours / theirs:>5.1f}x", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
