@@ -129,7 +129,7 @@ class Stepper:
             random = SampleRandom(self.seed, step, batch.samples).child("train")
             with nullcontext() if last else self._no_sync():
                 output = self._forward(batch, random, train=True)
-                self.scaler.scale(output.loss / len(batches)).backward()
+                self.scaler.scale(output.loss.float() / len(batches)).backward()
             outputs.append(_scalars(output))
         return self._average(outputs), [case for batch in batches for case in batch.cases]
 

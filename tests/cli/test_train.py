@@ -1,0 +1,137 @@
+"""The command `nnssl_train`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnssl_ext.cli.train import STOPPED, free_memory, main, parser
+from nnssl_ext.core.records import read_json
+from tests.engine.conftest import preprocessed  # noqa: F401 - a fixture
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as status:
+        main(list(arguments))
+    return int(status.value.code or 0)
+
+
+def test_list_shows_every_trainer_with_idea_and_backbones(capsys):
+    main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("MAETrainer "))
+    assert "hide blocks" in line
+    assert "cnn" in line
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_describe_shows_type_default_and_meaning(capsys):
+    main(["-tr", "MAETrainer", "--describe"])
+    text = capsys.readouterr().out
+    assert "mask_ratio = 0.75  (float)\n      Share of the voxels that is hidden" in text
+    assert "optim.lr = 0.01  (float)" in text
+    assert "task_config" not in text
+
+
+def test_every_described_setting_can_be_set(capsys):
+    from nnssl_ext.trainers.mae import MAETrainer
+
+    main(["-tr", "MAETrainer", "--describe"])
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " = " in line]
+    assert len(names) > 20
+    assert MAETrainer.configured(["spatial.flip=0.25"]).task_config.spatial.flip == 0.25
+
+
+def test_an_unknown_trainer_names_the_nearest(capsys):
+    assert run("-tr", "MAETraner", "--describe") == 2
+    assert "Did you mean MAETrainer?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["1"], [], ["1", "3d_fullres", "--epochs", "3"]])
+def test_missing_and_mistyped_arguments_are_errors(arguments, capsys):
+    assert run(*arguments) == 2
+    assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("roots")
+def test_a_dataset_that_is_not_there_is_one_line(capsys):
+    assert run("7", "3d_fullres") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no dataset '7'")
+    assert error.count("\n") == 1
+
+
+def test_help_states_the_exit_status_of_a_stopped_run():
+    assert f"exit status {STOPPED}" in parser().format_help()
+
+
+def test_help_imports_neither_torch_nor_nnunet():
+    code = (
+        "import sys\nfrom nnssl_ext.cli.train import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'nnunetv2', 'numpy', 'pydantic'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_free_memory_of_this_machine_is_plausible():
+    memory = free_memory("cpu")
+    assert memory is None or 0.05 < memory < 1e5
+
+
+def test_repeated_set_options_add_up():
+    args = parser().parse_args(["1", "3d_fullres", "--set", "a=1", "b=2", "--set", "c=3"])
+    assert args.set == ["a=1", "b=2", "c=3"]
+
+
+class TestOnData:
+    """With a preprocessed dataset."""
+
+    QUICK = ("-device", "cpu", "--no_tensorboard", "-num_epochs", "1", "-steps_per_epoch", "1")
+    SMALL = ("block_size=4", "val_steps_per_epoch=1")
+
+    @pytest.fixture(autouse=True)
+    def _data(self, preprocessed):  # noqa: F811
+        self.results = preprocessed.parents[1] / "results" / "Dataset999_Tiny"
+
+    def test_tags_name_the_folder(self):
+        where = ("999", "3d_fullres", *self.QUICK)
+        assert run(*where, "--set", *self.SMALL) == 0
+        assert run(*where, "-tag", "mine", "--set", *self.SMALL) == 0
+        first, second = sorted(path.name for path in self.results.iterdir())
+        assert second == "MAETrainer-mine__nnsslPlans__3d_fullres"
+        assert first.removeprefix("MAETrainer-").removesuffix("__nnsslPlans__3d_fullres").isalnum()
+        config = read_json(self.results / second / "fold_all" / "config.json")
+        assert config["recipe"]["num_epochs"] == 1
+        assert config["settings"]["device"] == "cpu"
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["-tag", "a/b"], "not allowed"),
+            (["--set", "mask_rato=0.5"], "no setting 'mask_rato'"),
+            (["--set", "mask_ratio=2"], "mask_ratio"),
+            (["-batch_size", "0"], "batch_size=0"),
+            (["--precision", "fp8"], "precision"),
+            (["-num_workers", "-1"], "num_workers=-1"),
+            (["-p", "otherPlans"], "nnssl_plan_experiment"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, arguments, words, capsys):
+        assert run("999", "3d_fullres", *self.QUICK, *arguments) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert "Traceback" not in error
+
+    def test_an_unknown_configuration_lists_those_there_are(self, capsys):
+        assert run("999", "3d_lowres", *self.QUICK) == 2
+        assert "3d_fullres" in capsys.readouterr().err
+
+    def test_refusals_come_before_processes_are_started(self, monkeypatch, capsys):
+        monkeypatch.setattr("nnssl_ext.engine.distributed.torchrun", lambda *_: pytest.fail("it was started"))
+        assert run("999", "3d_fullres", *self.QUICK, "-num_gpus", "2", "--precision", "fp16") == 2
+        assert "CUDA" in capsys.readouterr().err
