@@ -48,7 +48,7 @@ class Toy(PretextTask):
 
     def forward(self, views):
         features = nn.functional.dropout(self.encoder.feature_maps(views["x"])[0], 0.5, self.training)
-        loss = self.config.scale * features.square().mean()
+        loss = self.config.scale * features.float().square().mean()
         return StepOutput(loss=loss, metrics={"noise": views["noise"].mean()})
 
     def after_step(self, step, total):
