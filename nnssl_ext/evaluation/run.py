@@ -129,7 +129,8 @@ def conclude(prepared: Prepared, runs: Sequence[Run], scores: Sequence[CaseScore
     """Statistics, verdicts and warnings for the scores of all runs."""
     settings, classes = prepared.settings, prepared.classes
     names = analysis.class_names(classes)
-    described = tuple(_describe(arm, prepared.reference) for arm in prepared.arms)
+    reference_first = sorted(prepared.arms, key=lambda arm: arm is not prepared.reference)
+    described = tuple(_describe(arm, prepared.reference) for arm in reference_first)
     summaries = analysis.summarise(scores, names)
     comparisons = analysis.compare(scores, prepared.reference.name, names)
     trends = analysis.judge_convergence(runs)

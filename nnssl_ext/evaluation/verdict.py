@@ -1,8 +1,10 @@
 """Did pretraining help, by how much, and how sure is that: numbers turned into sentences by written rules.
 
-An arm *helped* (or *hurt*) at a training set size when the two-level bootstrap interval of the mean Dice difference
-excludes zero and the Holm-corrected Wilcoxon test over cases is under `SIGNIFICANCE`; else the matter is *undecided*.
-Where the comparison is *unfair* (the reference learned next to nothing, or was still rising), a gain is not called one.
+An arm *helped* (or *hurt*) at a training set size when three things hold: the two-level bootstrap interval of the mean
+Dice difference excludes zero; the Holm-corrected Wilcoxon test over cases is under `SIGNIFICANCE`; and, with several
+seeds, the difference is larger than their spread explains (`undecidable_below`; a bootstrap of two or three seeds alone
+is too narrow). Else the matter is *undecided*. Where the comparison is *unfair* (the reference learned next to nothing,
+or was still rising), a gain is not called one.
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ SIGNIFICANCE = 0.05
 HEADLINE_METRIC = "dice"
 TYPICAL_SEED_SPREAD = 0.02
 """Standard deviation of a mean Dice over seeds seen in small trials (METHODS.md section G); used with one seed only."""
+FEW_SEEDS = 5
+"""Under this, the spread over seeds is itself only roughly known."""
+_FEW_SEEDS_NOTE = (
+    " A spread measured on so few seeds is itself rough: on small data, be wary of differences under about "
+    f"{2 * TYPICAL_SEED_SPREAD}."
+)
 _SMALLEST_P = 0.001
 
 Key = tuple[str, NumTrain]
@@ -68,16 +76,29 @@ def _judge_size(arm: Arm, reference: Arm, row: Comparison, means: dict[Key, Summ
     reason = _unfair(reference, base, (reference.name, row.num_train) in rising)
     if reason and outcome == "helped":
         return SizeVerdict(num_train=row.num_train, outcome="unfair", sentence=f"{numbers} {reason}")
-    tail = "" if outcome != "undecided" else " That is not enough to call it a difference."
+    tail = ""
+    if outcome == "undecided":
+        why = (
+            "is within the spread of the seeds, so it cannot be called"
+            if _within_luck(row)
+            else "is not enough to call it"
+        )
+        tail = f" That {why} a difference."
     note = f" {reason}" if reason else ""
     return SizeVerdict(num_train=row.num_train, outcome=outcome, sentence=f"{numbers}{tail}{note}")
 
 
 def _outcome(row: Comparison) -> Outcome:
     significant = row.p_holm is not None and row.p_holm < SIGNIFICANCE
-    if not significant or row.interval is None or not row.interval.excludes_zero():
+    if not significant or row.interval is None or not row.interval.excludes_zero() or _within_luck(row):
         return "undecided"
     return "helped" if row.interval.low > 0 else "hurt"
+
+
+def _within_luck(row: Comparison) -> bool:
+    """Whether the spread over seeds alone could make such a difference."""
+    limit = row.undecidable_below
+    return limit is not None and row.difference is not None and abs(row.difference) <= limit
 
 
 def _unfair(reference: Arm, mean: float, rising: bool) -> str:
@@ -116,17 +137,15 @@ _ORDER: tuple[Outcome, ...] = ("unfair", "helped", "hurt", "undecided")
 
 
 def _clause(outcome: Outcome, rows: Sequence[Comparison]) -> str:
-    sizes = " and ".join(
-        f"{_size_number(row.num_train)} ({row.difference:+.3f} Dice)"
-        if row.difference is not None
-        else str(row.num_train)
-        for row in rows
-    )
+    sizes = " and ".join(str(row.num_train) for row in rows)
+    noun = "case" if [row.num_train for row in rows] == [1] else "cases"
+    known = ", ".join(f"{row.difference:+.3f}" for row in rows if row.difference is not None)
+    where = f"with {sizes} training {noun}" + (f" ({known} Dice)" if known else "")
     return {
-        "helped": f"helped with {sizes} training cases",
-        "hurt": f"hurt with {sizes} training cases",
-        "undecided": f"made no difference that this evaluation can show with {sizes} training cases",
-        "unfair": f"looks better with {sizes} training cases, but the baseline had not finished learning",
+        "helped": f"helped {where}",
+        "hurt": f"hurt {where}",
+        "undecided": f"made no difference that this evaluation can show {where}",
+        "unfair": f"looks better {where}, but the baseline had not finished learning",
     }[outcome]
 
 
@@ -148,16 +167,13 @@ def certainty(rows: Sequence[Comparison], num_seeds: int) -> str:
         f"interval resamples seeds as well as cases. What {num_seeds} seeds cannot decide: Dice differences under "
         f"{limits}; and a sign test over {num_seeds} seeds cannot give a p under "
         f"{statistics.sign_test_floor(num_seeds):g} even if every seed agrees."
+        f"{_FEW_SEEDS_NOTE if num_seeds < FEW_SEEDS else ''}"
     )
 
 
 def size_text(num_train: NumTrain) -> str:
     """`5 training cases` or `all training cases`."""
     return f"{num_train} training case{'' if num_train == 1 else 's'}"
-
-
-def _size_number(num_train: NumTrain) -> str:
-    return str(num_train)
 
 
 def _interval_text(row: Comparison) -> str:

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, each as a data URI: data efficiency, folds, paired cases, learning curves."""
+"""The figures of an evaluation, each as a picture: data efficiency, folds, paired cases, learning curves."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from nnssl_ext.evaluation.analysis import tabulate
 from nnssl_ext.evaluation.convergence import TAIL_SHARE
 from nnssl_ext.evaluation.records import MEAN_CLASS, Arm, Evaluation, NumTrain
 from nnssl_ext.evaluation.statistics import mean_over_seeds
-from nnssl_ext.reports.style import GRID, INK, MUTED, arm_colours, drawing, encode, grid_of_axes
+from nnssl_ext.reports.style import GRID, INK, MUTED, PAGE_WIDTH, Picture, arm_colours, drawing, encode, grid_of_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SPREAD = 0.13
+_SPREAD = 0.1
 """Distance between two arms at one tick, in ticks."""
-_PANEL = 3.3
-"""Width and height of one panel, in inches."""
-_MAX_PANELS = 4
+_SEED_SHIFT = 0.025
+_PANEL = PAGE_WIDTH / 3
+"""Width of one panel, in inches."""
+_MAX_PANELS = 3
+_NUM_TICKS = 5
 
 
 def size_label(size: NumTrain) -> str:
@@ -29,10 +31,10 @@ def size_label(size: NumTrain) -> str:
     return str(size)
 
 
-def data_efficiency(evaluation: Evaluation, metric: str = "dice") -> str:
+def data_efficiency(evaluation: Evaluation, metric: str = "dice") -> Picture:
     """Mean of a metric against the number of training cases, with intervals and one small dot per seed."""
     sizes, colours = list(evaluation.num_train), arm_colours(evaluation.arms)
-    with drawing(7.2, 3.9) as figure:
+    with drawing(PAGE_WIDTH, 4.1) as figure:
         axes = figure.add_subplot()
         for index, arm in enumerate(evaluation.arms):
             offset = (index - (len(evaluation.arms) - 1) / 2) * _SPREAD
@@ -58,17 +60,19 @@ def _efficiency_line(axes: Axes, evaluation: Evaluation, arm: Arm, metric: str, 
         lows.append(max(0.0, row.mean - low))
         highs.append(max(0.0, high - row.mean))
         seeds = list(row.seed_means.values()) if len(row.seed_means) > 1 else []
-        axes.scatter([position + offset] * len(seeds), seeds, s=9, color=colour, alpha=0.45, linewidths=0, zorder=3)
+        axes.scatter(
+            [position + offset + _SEED_SHIFT] * len(seeds), seeds, s=9, color=colour, alpha=0.45, linewidths=0, zorder=3
+        )
     style = "--" if arm.role == "plain" else "-"
     axes.errorbar(
         xs, ys, [lows, highs], fmt="o" + style, color=colour, ms=5.5, capsize=3, elinewidth=1.2, label=arm.label
     )
 
 
-def fold_spread(evaluation: Evaluation, metric: str = "dice") -> str:
+def fold_spread(evaluation: Evaluation, metric: str = "dice") -> Picture:
     """Mean of each fold as a dot, the mean over cases as a bar, for every arm and size."""
     colours = arm_colours(evaluation.arms)
-    with drawing(7.2, 3.3) as figure:
+    with drawing(PAGE_WIDTH, 3.2) as figure:
         axes = figure.add_subplot()
         for index, arm in enumerate(evaluation.arms):
             offset = (index - (len(evaluation.arms) - 1) / 2) * 1.6 * _SPREAD
@@ -90,13 +94,17 @@ def fold_spread(evaluation: Evaluation, metric: str = "dice") -> str:
         return encode(figure)
 
 
-def paired_cases(evaluation: Evaluation, arm: str, metric: str = "dice") -> str:
+def rows_of(sizes: Sequence[NumTrain]) -> list[Sequence[NumTrain]]:
+    """Sizes in groups of as many as have room beside one another."""
+    return [sizes[start : start + _MAX_PANELS] for start in range(0, len(sizes), _MAX_PANELS)]
+
+
+def paired_cases(evaluation: Evaluation, arm: str, sizes: Sequence[NumTrain], metric: str = "dice") -> Picture:
     """Every case once per size: reference against arm, and the sorted differences beneath."""
     tables = tabulate(evaluation.cases, metric, MEAN_CLASS)
     reference = evaluation.reference
-    sizes = [s for s in evaluation.num_train if (arm, s) in tables and (reference.name, s) in tables][-_MAX_PANELS:]
     colour = arm_colours(evaluation.arms)[arm]
-    with drawing(max(2, len(sizes)) * _PANEL, 1.75 * _PANEL) as figure:
+    with drawing(len(sizes) * _PANEL, 1.75 * _PANEL) as figure:
         rows = grid_of_axes(figure, 2, len(sizes), height_ratios=[1.55, 1])
         for column, size in enumerate(sizes):
             base = mean_over_seeds(tables[reference.name, size].values)
@@ -120,6 +128,7 @@ def _scatter(axes: Axes, base: np.ndarray, own: np.ndarray, colour: str) -> None
     axes.scatter(base, own, s=20, color=colour, alpha=0.7, linewidths=0)
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
+    axes.locator_params(nbins=_NUM_TICKS)
     axes.set_aspect("equal")
 
 
@@ -133,11 +142,10 @@ def _differences(axes: Axes, differences: np.ndarray, colour: str) -> None:
     axes.grid(visible=False, axis="x")
 
 
-def learning_curves(evaluation: Evaluation, sizes: Sequence[NumTrain]) -> str:
+def learning_curves(evaluation: Evaluation, sizes: Sequence[NumTrain]) -> Picture:
     """Validation Dice and loss per epoch: the mean over an arm's runs, their range shaded, the judged tail in grey."""
     colours = arm_colours(evaluation.arms)
-    sizes = list(sizes)[-_MAX_PANELS:]
-    with drawing(max(2, len(sizes)) * _PANEL, 1.45 * _PANEL) as figure:
+    with drawing(len(sizes) * _PANEL, 1.45 * _PANEL) as figure:
         rows = grid_of_axes(figure, 2, len(sizes), sharex="col")
         for column, size in enumerate(sizes):
             curves = [run.curve for run in evaluation.runs if run.num_train == size]
@@ -157,7 +165,7 @@ def learning_curves(evaluation: Evaluation, sizes: Sequence[NumTrain]) -> str:
 
 def _curve(axes: Axes, curves: Sequence[Sequence[float | None]], colour: str, label: str) -> None:
     columns = [[value for value in values if value is not None] for values in zip(*curves, strict=False)]
-    points = [(epoch, values) for epoch, values in enumerate(columns) if values]
+    points = [(epoch, values) for epoch, values in enumerate(columns, start=1) if values]
     if not points:
         return
     epochs = [epoch for epoch, _ in points]
@@ -168,7 +176,7 @@ def _curve(axes: Axes, curves: Sequence[Sequence[float | None]], colour: str, la
 def _mark_tail(axes: Axes, num_epochs: int) -> None:
     if num_epochs:
         start = num_epochs - math.ceil(TAIL_SHARE * num_epochs)
-        axes.axvspan(start, num_epochs - 1, color=GRID, alpha=0.5, lw=0, zorder=0)
+        axes.axvspan(start + 1, num_epochs, color=GRID, alpha=0.5, lw=0, zorder=0)
 
 
 def metric_label(metric: str) -> str:

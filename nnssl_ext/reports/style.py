@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ ARM_COLOURS = ("#0f766e", "#b45309", "#4338ca", "#be185d", "#4d7c0f", "#0369a1")
 """Distinguishable in the common forms of colour blindness when taken in order."""
 CLASS_COLOURS = ("#f59e0b", "#06b6d4", "#e11d48", "#84cc16", "#8b5cf6", "#f97316", "#14b8a6", "#ec4899")
 DPI = 144
+CSS_PIXELS_PER_INCH = 96
+PAGE_WIDTH = 9.9
+"""Width of the report's text in inches; figures are shown at their own size, so their letters stay alike."""
 _RC: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -55,6 +59,16 @@ def arm_colours(arms: Sequence[Arm]) -> dict[str, str]:
     return {arm.name: colours.get(arm.name, REFERENCE_COLOUR) for arm in arms}
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image inside the page."""
+
+    uri: str
+    """PNG as a data URI."""
+    width: int | None = None
+    """Width on the page in CSS pixels; None: the image's own, as far as the page is wide."""
+
+
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Figure]:
     """A figure of the given size in inches, with the house style in force while it is drawn.
@@ -77,13 +91,13 @@ def grid_of_axes(figure: Figure, rows: int, columns: int, **options: Any) -> lis
     return [list(row) for row in axes]
 
 
-def encode(figure: Figure) -> str:
-    """A figure as a PNG data URI."""
+def encode(figure: Figure) -> Picture:
+    """A figure as a picture of its own size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return encode_png(buffer.getvalue())
+    return Picture(data_uri(buffer.getvalue()), round(figure.get_figwidth() * CSS_PIXELS_PER_INCH))
 
 
-def encode_png(content: bytes) -> str:
+def data_uri(content: bytes) -> str:
     """The bytes of a PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
