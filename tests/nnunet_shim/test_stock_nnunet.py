@@ -1,0 +1,94 @@
+"""nnU-Net's own commands, in processes of their own, on what this package writes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnssl_ext.core.executor import make_executor
+from nnssl_ext.core.records import read_json
+from nnssl_ext.finetuning.nnunet_dataset import preprocess
+from nnssl_ext.finetuning.nnunet_plans import FinetuningPlan, plan_finetuning
+
+from ..finetuning.conftest import DATASET, checkpoint, write_fingerprint, write_raw
+
+SHIM = Path(__file__).resolve().parents[2] / "nnssl_ext" / "nnunet_shim"
+FAST = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def planned(roots: Path) -> FinetuningPlan:
+    """Plans, weights and preprocessed data of the tiny dataset."""
+    write_raw(roots / "raw")
+    write_fingerprint(roots / "preprocessed")
+    torch.save(checkpoint(), roots / "checkpoint.pth")
+    plan = plan_finetuning(
+        7, roots / "checkpoint.pth", "mae", num_epochs=2, iterations_per_epoch=4, val_iterations_per_epoch=2
+    )
+    with make_executor(0) as executor:
+        preprocess(plan.plans_path, plan.configuration, executor)
+    return plan
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """nnU-Net's variables and none of ours."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("nnssl_")}
+    return {**kept, **FAST, **variables}
+
+
+def nnunet(command: str, *arguments: str, **variables: str) -> str:
+    """Runs one of nnU-Net's commands to its end and returns what it printed."""
+    script = Path(sys.executable).parent / command
+    result = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def predict(roots: Path, trainer: str) -> list[str]:
+    arguments = ["-d", "7", "-i", str(roots / "raw" / DATASET / "imagesTr"), "-o", str(roots / "out"), "-f", "0"]
+    arguments += ["-c", "3d_fullres", "-p", "ptPlans__mae", "-tr", trainer, "-device", "cpu", "-npp", "1", "-nps", "1"]
+    nnunet("nnUNetv2_predict", *arguments)
+    return sorted(path.name for path in (roots / "out").glob("*.nii.gz"))
+
+
+def test_the_shim_folder_holds_what_nnunet_can_import_alone() -> None:
+    code = "from SSLFinetuneTrainer import SSLFinetuneTrainer as T; print(T.__mro__[1].__name__)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(PYTHONPATH=f"{SHIM}{os.pathsep}{SHIM.parents[1]}"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "nnUNetTrainer"
+
+
+@pytest.mark.slow
+def test_our_trainer_comes_through_the_shim_and_stock_prediction_works_on_it(
+    planned: FinetuningPlan, roots: Path
+) -> None:
+    arguments = [DATASET, "3d_fullres", "0", "-p", "ptPlans__mae", "-tr", "SSLFinetuneTrainer", "-device", "cpu"]
+    nnunet("nnUNetv2_train", *arguments, nnUNet_extTrainer=str(SHIM))
+    fold = roots / "results" / DATASET / "SSLFinetuneTrainer__ptPlans__mae__3d_fullres" / "fold_0"
+    assert len((fold / "finetuning_metrics.jsonl").read_text().splitlines()) == 2
+    assert len(read_json(fold / "validation" / "summary.json")["metric_per_case"]) == 2
+    assert predict(roots, "SSLFinetuneTrainer") == [f"ball_{index}.nii.gz" for index in range(6)]
+
+
+@pytest.mark.slow
+def test_a_stock_trainer_runs_to_its_end_on_our_plans_and_weights(planned: FinetuningPlan, roots: Path) -> None:
+    arguments = [DATASET, "3d_fullres", "0", "-p", "ptPlans__mae", "-tr", "nnUNetTrainer_1epoch", "-device", "cpu"]
+    text = nnunet("nnUNetv2_train", *arguments, "-pretrained_weights", str(planned.weights_path))
+    assert "Loading pretrained weights from file" in text
+    fold = roots / "results" / DATASET / "nnUNetTrainer_1epoch__ptPlans__mae__3d_fullres" / "fold_0"
+    assert read_json(fold / "validation" / "summary.json")["foreground_mean"]["Dice"] > 0.1
+    assert predict(roots, "nnUNetTrainer_1epoch") == [f"ball_{index}.nii.gz" for index in range(6)]
