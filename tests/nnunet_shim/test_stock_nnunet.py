@@ -60,16 +60,33 @@ def predict(roots: Path, trainer: str) -> list[str]:
     return sorted(path.name for path in (roots / "out").glob("*.nii.gz"))
 
 
-def test_the_shim_folder_holds_what_nnunet_can_import_alone() -> None:
-    code = "from SSLFinetuneTrainer import SSLFinetuneTrainer as T; print(T.__mro__[1].__name__)"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(PYTHONPATH=f"{SHIM}{os.pathsep}{SHIM.parents[1]}"),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.strip() == "nnUNetTrainer"
+def test_nnunet_finds_our_trainer_in_the_shim_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from nnssl_ext.finetuning.nnunet_trainers import SSLFinetuneTrainer
+
+    monkeypatch.setenv("nnUNet_extTrainer", str(SHIM))
+    assert recursive_find_trainer_class_by_name("SSLFinetuneTrainer") is SSLFinetuneTrainer
+
+
+def test_the_stock_trainer_trains_from_our_weights(
+    planned: FinetuningPlan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    for name, value in FAST.items():
+        monkeypatch.setenv(name, value)
+    plans = read_json(planned.plans_path)
+    plans["continue_training"] = False
+    dataset_json = read_json(planned.plans_path.parent / "dataset.json")
+    trainer = nnUNetTrainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+    trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 2, 1
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(planned.weights_path), verbose=False)
+    trainer.run_training()
+    assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
+    assert trainer.logger.get_value("train_losses", step=-1) < 2
 
 
 @pytest.mark.slow
