@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nnssl_ext.core.executor import Executor
-from nnssl_ext.core.logs import track
 from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.imageio import Geometry, Header, read_header, read_image, read_segmentation
 from nnssl_ext.imageio.nifti import count_non_finite, is_nifti, stored_spacing
@@ -62,32 +59,6 @@ class Problem:
         return f"{self.case_id}: {self.reason} [{self.kind}] ({self.file})"
 
 
-@dataclass(frozen=True)
-class IntegrityReport:
-    """What is wrong with a dataset."""
-
-    problems: tuple[Problem, ...]
-    """Sorted by case; a case whose content another case has too is listed as a duplicate."""
-    duplicates: tuple[tuple[str, ...], ...]
-    """Groups of case ids that share a channel's voxels."""
-    hashes: dict[str, tuple[str, ...]]
-    """Case id to one content hash per channel; empty where the case could not be read."""
-
-    @property
-    def faulty_cases(self) -> frozenset[str]:
-        """Cases with any problem; of duplicates all but the first."""
-        return frozenset(problem.case_id for problem in self.problems)
-
-    def summary(self) -> str:
-        """One line per kind, then one line per problem."""
-        if not self.problems:
-            return f"{len(self.hashes)} cases, no problem found"
-        counts = Counter(problem.kind for problem in self.problems)
-        found = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
-        heading = f"{len(self.hashes)} cases, {len(self.faulty_cases)} of them with problems: {found}"
-        return "\n".join([heading, *map(str, self.problems)])
-
-
 def content_hash(channel: np.ndarray) -> str:
     """SHA-256 of a channel's shape and float32 values, as hex: equal for equal voxels, whatever the file's format.
 
@@ -136,14 +107,6 @@ def read_checked(case: Case, num_channels: int, label_values: frozenset[int] | N
     return CheckedCase(problems=problems, image=image, geometry=geometry, hashes=hashes)
 
 
-def check_case(
-    case: Case, num_channels: int, label_values: frozenset[int] | None = None
-) -> tuple[tuple[str, ...], list[Problem]]:
-    """The content hashes and problems of `read_checked`: no hash where the images could not be read."""
-    checked = read_checked(case, num_channels, label_values)
-    return checked.hashes, checked.problems
-
-
 def check_voxels(case: Case, image: np.ndarray) -> list[Problem]:
     """Lists channels whose values cannot be learned from.
 
@@ -164,35 +127,6 @@ def check_voxels(case: Case, image: np.ndarray) -> list[Problem]:
     return problems
 
 
-def check_dataset(manifest: Manifest, executor: Executor) -> IntegrityReport:
-    """Reads every case of a dataset, in parallel, and lists what is wrong.
-
-    Args:
-        manifest: The dataset.
-        executor: Where the cases are read.
-    """
-    num_channels, values = len(manifest.channel_names), manifest.label_values if manifest.labels else None
-    tasks = {case.case_id: (case, num_channels, values) for case in manifest.cases}
-    problems: list[Problem] = []
-    hashes: dict[str, tuple[str, ...]] = {}
-    depth: dict[str, int] = {}
-    for result in track(executor.run(_inspect, tasks), len(tasks), "checking files"):
-        if result.error is not None:
-            file = manifest.case(result.key).images[0]
-            hashes[result.key] = ()
-            problems.append(Problem(result.key, file, result.error.splitlines()[0], "unreadable"))
-            continue
-        hashes[result.key], found, slices = result.value
-        problems += found
-        if slices is not None:
-            depth[result.key] = slices
-    hashes = dict(sorted(hashes.items()))
-    duplicates = find_duplicates(hashes)
-    problems += _duplicate_problems(manifest, duplicates)
-    problems += find_odd_dimensions(manifest, depth)
-    return IntegrityReport(tuple(sorted(problems, key=lambda p: (p.case_id, p.kind))), duplicates, hashes)
-
-
 def find_duplicates(hashes: Mapping[str, Iterable[str]]) -> tuple[tuple[str, ...], ...]:
     """Groups of cases that share a channel's content.
 
@@ -204,6 +138,20 @@ def find_duplicates(hashes: Mapping[str, Iterable[str]]) -> tuple[tuple[str, ...
         for value in values:
             holders.setdefault(value, set()).add(case_id)
     return tuple(sorted({tuple(sorted(group)) for group in holders.values() if len(group) > 1}))
+
+
+def duplicate_problems(manifest: Manifest, hashes: Mapping[str, Iterable[str]]) -> list[Problem]:
+    """Lists the cases that repeat an earlier one's voxels.
+
+    Args:
+        manifest: The dataset.
+        hashes: Case id to content hashes.
+    """
+    return [
+        Problem(case_id, manifest.case(case_id).images[0], f"same voxels as {first}", "duplicate")
+        for first, *others in find_duplicates(hashes)
+        for case_id in others
+    ]
 
 
 def find_odd_dimensions(manifest: Manifest, depth: Mapping[str, int]) -> list[Problem]:
@@ -224,22 +172,6 @@ def find_odd_dimensions(manifest: Manifest, depth: Mapping[str, int]) -> list[Pr
         reason = f"it has {depth[case_id]} slice(s), while most of the dataset are {kind_of_rest}"
         problems.append(Problem(case_id, manifest.case(case_id).images[0], reason, "2d_among_3d"))
     return problems
-
-
-def _inspect(
-    case: Case, num_channels: int, label_values: frozenset[int] | None
-) -> tuple[tuple[str, ...], list[Problem], int | None]:
-    """What the main process needs of a checked case: the voxels stay in the worker, the number of slices does not."""
-    checked = read_checked(case, num_channels, label_values)
-    return checked.hashes, checked.problems, None if checked.image is None else checked.image.shape[1]
-
-
-def _duplicate_problems(manifest: Manifest, groups: Sequence[tuple[str, ...]]) -> list[Problem]:
-    return [
-        Problem(case_id, manifest.case(case_id).images[0], f"same voxels as {first}", "duplicate")
-        for first, *others in groups
-        for case_id in others
-    ]
 
 
 def _check_headers(case: Case, num_channels: int) -> tuple[Header | None, list[Problem]]:

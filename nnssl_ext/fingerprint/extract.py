@@ -11,19 +11,16 @@ import numpy as np
 
 from nnssl_ext.core.executor import Executor
 from nnssl_ext.core.logs import track
-from nnssl_ext.dataset.integrity import Problem, check_case, find_duplicates, find_odd_dimensions
+from nnssl_ext.dataset.integrity import USABLE_KINDS, Problem, duplicate_problems, find_odd_dimensions, read_checked
 from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.fingerprint.foreground import FOREGROUND_RULE, foreground_mask, nonzero_box
 from nnssl_ext.fingerprint.intensities import intensity_quantiles, intensity_statistics, pool_statistics
 from nnssl_ext.fingerprint.journal import CaseResult, append_result, file_stamp, read_journal, start_journal
 from nnssl_ext.fingerprint.record import FINGERPRINT_FILE, CaseFingerprint, Fingerprint, IntensityStatistics
-from nnssl_ext.imageio import read_image
 
 logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "nnssl_fingerprint_cases.jsonl"
-HARMLESS_KINDS = frozenset({"duplicate", "label_geometry", "label_values"})
-"""Problems that are reported but leave the images usable."""
 REASONS_SHOWN = 3
 
 
@@ -36,10 +33,10 @@ def describe_case(case: Case, num_channels: int, label_values: frozenset[int] | 
         label_values: What its label map may hold; None where the dataset has no labels.
     """
     stamp = file_stamp(case)
-    hashes, problems = check_case(case, num_channels, label_values)
-    if not hashes or any(_excludes(problem) for problem in problems):
-        return CaseResult(case_id=case.case_id, stamp=stamp, problems=tuple(problems))
-    data, geometry = read_image(case.images)
+    checked = read_checked(case, num_channels, label_values)
+    problems, data, geometry = tuple(checked.problems), checked.image, checked.geometry
+    if data is None or geometry is None or any(problem.kind not in USABLE_KINDS for problem in problems):
+        return CaseResult(case_id=case.case_id, stamp=stamp, problems=problems)
     masks = [foreground_mask(channel) for channel in data]
     values = [channel[mask] for channel, mask in zip(data, masks, strict=True)]
     _, depth, height, width = data.shape
@@ -49,17 +46,13 @@ def describe_case(case: Case, num_channels: int, label_values: frozenset[int] | 
         shape_after_crop=(z1 - z0, y1 - y0, x1 - x0),
         spacing=geometry.spacing,
         foreground_fraction=float(np.mean(np.any(masks, axis=0))),
-        content_hashes=hashes,
+        content_hashes=checked.hashes,
         intensities=tuple(intensity_statistics(channel) for channel in values),
     )
     quantiles = tuple(intensity_quantiles(channel) for channel in values)
     return CaseResult(
-        case_id=case.case_id, stamp=stamp, fingerprint=fingerprint, quantiles=quantiles, problems=tuple(problems)
+        case_id=case.case_id, stamp=stamp, fingerprint=fingerprint, quantiles=quantiles, problems=problems
     )
-
-
-def _excludes(problem: Problem) -> bool:
-    return problem.kind not in HARMLESS_KINDS and not (problem.kind == "missing" and "label" in problem.reason)
 
 
 def extract_fingerprint(manifest: Manifest, folder: Path, executor: Executor) -> Fingerprint:
@@ -82,7 +75,7 @@ def extract_fingerprint(manifest: Manifest, folder: Path, executor: Executor) ->
     for problem in odd:
         del cases[problem.case_id]
     problems = [problem for result in results.values() for problem in result.problems]
-    problems += odd + _duplicates(manifest, cases)
+    problems += odd + duplicate_problems(manifest, {case_id: case.content_hashes for case_id, case in cases.items()})
     if not cases:
         reasons = "; ".join(map(str, problems[:REASONS_SHOWN]))
         raise ValueError(f"{manifest.dataset_name} has no case that can be used. {reasons}")
@@ -125,15 +118,6 @@ def _failed(case: Case, error: str) -> CaseResult:
     """The result of a case whose worker raised or died; it is not kept, so the next run tries again."""
     problem = Problem(case.case_id, case.images[0], error.splitlines()[0], "unreadable")
     return CaseResult(case_id=case.case_id, stamp=(), problems=(problem,))
-
-
-def _duplicates(manifest: Manifest, cases: Mapping[str, CaseFingerprint]) -> list[Problem]:
-    groups = find_duplicates({case_id: case.content_hashes for case_id, case in cases.items()})
-    return [
-        Problem(case_id, manifest.case(case_id).images[0], f"same voxels as {first}", "duplicate")
-        for first, *others in groups
-        for case_id in others
-    ]
 
 
 def _pool_channels(

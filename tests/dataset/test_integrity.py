@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import os
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnssl_ext.core.executor import make_executor
 from nnssl_ext.dataset.integrity import (
     KINDS,
     USABLE_KINDS,
-    IntegrityReport,
     Problem,
-    check_case,
-    check_dataset,
     content_hash,
+    duplicate_problems,
     find_duplicates,
+    find_odd_dimensions,
     read_checked,
 )
 from nnssl_ext.dataset.manifest import Case, Manifest
@@ -100,7 +98,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Path], str, str]] = {
 
 def test_nifti_of_nan_alone_is_empty_for_the_reader(tmp_path: Path) -> None:
     path = image(tmp_path / "x.nii", np.full(SHAPE, np.nan))
-    assert [p.kind for p in check_case(Case(case_id="c", images=(path,)), 1)[1]] == ["non_finite_zeroed", "empty"]
+    assert [p.kind for p in read_checked(Case(case_id="c", images=(path,)), 1).problems] == [
+        "non_finite_zeroed",
+        "empty",
+    ]
 
 
 def touched(path: Path) -> Path:
@@ -117,11 +118,10 @@ def text(path: Path) -> Path:
 def test_bad_file_is_named_with_its_reason(tmp_path: Path, name: str) -> None:
     make, kind, reason = BAD_FILES[name]
     path = make(tmp_path)
-    hashes, problems = check_case(Case(case_id="c", images=(path,)), 1)
-    assert [(problem.case_id, problem.file, problem.kind) for problem in problems] == [("c", path, kind)]
-    with pytest.raises(ValueError, match=reason):
-        raise ValueError(str(problems[0]))
-    assert bool(hashes) == (kind in ("empty", "constant", "non_finite", "non_finite_zeroed", "spacing"))
+    checked = read_checked(Case(case_id="c", images=(path,)), 1)
+    assert [(problem.case_id, problem.file, problem.kind) for problem in checked.problems] == [("c", path, kind)]
+    assert re.search(reason, str(checked.problems[0]))
+    assert bool(checked.hashes) == (kind in ("empty", "constant", "non_finite", "non_finite_zeroed", "spacing"))
 
 
 @pytest.mark.parametrize("spacing", [(5.0, 0.5, 0.5), (0.05, 0.01, 0.01), (1.0, 1.0, 1.0)])
@@ -136,7 +136,7 @@ def test_sound_oblique_volume_passes(tmp_path: Path, spacing: tuple[float, float
 
 
 def channels(tmp_path: Path, second: Path, num_channels: int = 2) -> list[Problem]:
-    return check_case(Case(case_id="c", images=(image(tmp_path / "a_0000.nii.gz"), second)), num_channels)[1]
+    return read_checked(Case(case_id="c", images=(image(tmp_path / "a_0000.nii.gz"), second)), num_channels).problems
 
 
 def test_channels_that_do_not_lie_on_each_other(tmp_path: Path) -> None:
@@ -156,13 +156,13 @@ def test_the_bad_channel_is_the_one_named(tmp_path: Path) -> None:
 
 
 def test_4d_file_with_the_right_number_of_volumes_is_sound(tmp_path: Path) -> None:
-    hashes, problems = check_case(Case(case_id="c", images=(four_dimensional(tmp_path / "x.nii.gz"),)), 2)
-    assert problems == []
-    assert len(set(hashes)) == 2
+    checked = read_checked(Case(case_id="c", images=(four_dimensional(tmp_path / "x.nii.gz"),)), 2)
+    assert checked.problems == []
+    assert len(set(checked.hashes)) == 2
 
 
 def with_label(tmp_path: Path, label: Path, values: frozenset[int] = frozenset({0, 1})) -> list[Problem]:
-    return check_case(Case(case_id="c", images=(image(tmp_path / "i.nii.gz"),), label=label), 1, values)[1]
+    return read_checked(Case(case_id="c", images=(image(tmp_path / "i.nii.gz"),), label=label), 1, values).problems
 
 
 def test_label_maps(tmp_path: Path) -> None:
@@ -209,70 +209,33 @@ def case_of(path: Path) -> Case:
     return Case(case_id=path.name.partition(".")[0], images=(path,))
 
 
-@pytest.mark.parametrize("num_processes", [0, 1])
-def test_dataset_report(tmp_path: Path, num_processes: int) -> None:
+def test_repeated_voxels_name_the_first_case(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.nii.gz", "b.nrrd", "c.nii.gz")]
+    hashes = {"a": ("1",), "b": ("1",), "c": ("2",)}
+    (problem,) = duplicate_problems(dataset(*map(case_of, paths)), hashes)
+    assert str(problem) == f"b: same voxels as a [duplicate] ({tmp_path / 'b.nrrd'})"
+
+
+def test_equal_voxels_have_equal_hashes_whatever_the_format(tmp_path: Path) -> None:
     same = voxels(99)
-    paths = [
-        image(tmp_path / "a.nii.gz", same),
-        image(tmp_path / "b.nrrd", same),
-        image(tmp_path / "cc.nii.gz"),
-        image(tmp_path / "ddd.nii.gz", voxels(5, (1, 8, 7))),
-        truncated(image(tmp_path / "eeee.nii.gz")),
-    ]
-    with make_executor(num_processes) as executor:
-        report = check_dataset(dataset(*map(case_of, paths)), executor)
-    assert [(problem.case_id, problem.kind) for problem in report.problems] == [
-        ("b", "duplicate"),
-        ("ddd", "2d_among_3d"),
-        ("eeee", "unreadable"),
-    ]
-    assert report.duplicates == (("a", "b"),)
-    assert report.faulty_cases == {"b", "ddd", "eeee"}
-    assert report.hashes["a"] == report.hashes["b"] == (content_hash(same),)
-    assert report.hashes["eeee"] == ()
-    lines = report.summary().splitlines()
-    assert lines[0] == "5 cases, 3 of them with problems: 1 unreadable, 1 2d_among_3d, 1 duplicate"
-    assert lines[1] == f"b: same voxels as a [duplicate] ({tmp_path / 'b.nrrd'})"
+    files = [image(tmp_path / "a.nii.gz", same), image(tmp_path / "b.nrrd", same)]
+    assert {read_checked(case_of(file), 1).hashes for file in files} == {(content_hash(same),)}
 
 
-def test_3d_among_2d(tmp_path: Path) -> None:
-    flat = [image(tmp_path / f"{name}.nii.gz", voxels(i, (1, 8, 7))) for i, name in enumerate("ab")]
-    with make_executor(0) as executor:
-        report = check_dataset(dataset(*map(case_of, [*flat, image(tmp_path / "c.nii.gz")])), executor)
-    (problem,) = report.problems
-    assert (problem.case_id, problem.kind) == ("c", "2d_among_3d")
-    assert "2D images" in problem.reason
-
-
-def test_sound_dataset_says_so(tmp_path: Path) -> None:
-    with make_executor(0) as executor:
-        report = check_dataset(dataset(case_of(image(tmp_path / "a.nii.gz"))), executor)
-    assert report.summary() == "1 cases, no problem found"
-
-
-def die(*_: object) -> None:
-    os._exit(1)
-
-
-def test_a_file_that_kills_its_reader_is_a_problem_of_that_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nnssl_ext.dataset.integrity._inspect", die)
-    with make_executor(1) as executor:
-        report = check_dataset(dataset(case_of(image(tmp_path / "a.nii.gz"))), executor)
-    assert isinstance(report, IntegrityReport)
-    (problem,) = report.problems
-    assert (problem.case_id, problem.kind) == ("a", "unreadable")
-    assert "died" in problem.reason
+@pytest.mark.parametrize(
+    ("depth", "odd", "rest"),
+    [({"a": 1, "b": 5, "c": 6}, "a", "volumes"), ({"a": 1, "b": 1, "c": 6}, "c", "2D images")],
+)
+def test_the_fewer_of_slices_and_volumes_are_odd(depth: dict[str, int], odd: str, rest: str) -> None:
+    cases = [Case(case_id=name, images=(Path(name),)) for name in depth]
+    (problem,) = find_odd_dimensions(dataset(*cases), depth)
+    assert (problem.case_id, problem.kind) == (odd, "2d_among_3d")
+    assert rest in problem.reason
 
 
 @pytest.mark.real_data
 def test_real_cases_are_sound(real_data: Path) -> None:
     folder = real_data / "Task04_Hippocampus"
-    cases = [
-        replace(case_of(path), label=folder / "labelsTr" / path.name)
-        for path in sorted((folder / "imagesTr").glob("*.nii.gz"))[:10]
-    ]
-    with make_executor(0) as executor:
-        report = check_dataset(dataset(*cases, labels={"background": 0, "Anterior": 1, "Posterior": 2}), executor)
-    assert report.summary() == "10 cases, no problem found"
+    for path in sorted((folder / "imagesTr").glob("*.nii.gz"))[:10]:
+        case = replace(case_of(path), label=folder / "labelsTr" / path.name)
+        assert read_checked(case, 1, frozenset({0, 1, 2})).problems == []

@@ -6,7 +6,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnssl_ext.core.executor import InlineExecutor, make_executor
-from nnssl_ext.dataset.integrity import check_case
+from nnssl_ext.dataset.integrity import read_checked
 from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
 from nnssl_ext.fingerprint.extract import JOURNAL_FILE, extract_fingerprint
 from nnssl_ext.fingerprint.record import FINGERPRINT_FILE, Fingerprint
@@ -205,10 +205,10 @@ def test_a_worker_that_raises_is_a_problem_of_its_case_and_tried_again(raw, out,
     def fail(case, *rest):
         if case.case_id == "case1":
             raise OSError("the disk is gone")
-        return check_case(case, *rest)
+        return read_checked(case, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("nnssl_ext.fingerprint.extract.check_case", fail)
+        patch.setattr("nnssl_ext.fingerprint.extract.read_checked", fail)
         fingerprint = extract(raw, out)
     assert [(problem.case_id, problem.reason) for problem in fingerprint.problems] == [
         ("case1", "OSError: the disk is gone")
