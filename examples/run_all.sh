@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# From raw scans to a report: does masked-autoencoder pretraining help nnU-Net on the Decathlon's hippocampus data?
+#
+#   examples/run_all.sh path/to/Task04_Hippocampus path/to/workspace
+#
+# The settings are those of a CPU: a network of width 8 and some hundred steps. On a GPU leave out -pl, -batch_size,
+# --set, -num_epochs and -steps_per_epoch: the planner and the published recipes then decide. Every command can be
+# stopped and started again.
+set -euo pipefail
+source=$1
+workspace=$2
+
+export nnssl_raw=$workspace/raw nnssl_preprocessed=$workspace/preprocessed nnssl_results=$workspace/results
+mkdir -p "$nnssl_raw" "$nnssl_preprocessed" "$nnssl_results"
+
+# 60 of the scans lose their labels and become a dataset for pretraining; the other 70 are for the comparison
+nnssl_convert msd "$source" -d 4 --unlabelled 60 --unlabelled_dataset 1
+
+nnssl_plan_and_preprocess -d 1 -pl nnsslPlannerResEncXS
+
+nnssl_train 1 3d_fullres -tr MAETrainer -tag example --c -batch_size 4 -num_epochs 10 -steps_per_epoch 150 \
+    --save_every 1 --set val_steps_per_epoch=5 block_size=8
+run=$nnssl_results/Dataset001_HippocampusUnlabelled/MAETrainer-example__nnsslPlans__3d_fullres/fold_all
+
+# the two arms: the same plans, with and without the pretrained weights
+length=(num_epochs=12 iterations_per_epoch=50 val_iterations_per_epoch=8)
+nnssl_plan_finetuning -d 4 -pc "$run/checkpoint_final.pth" -n mae -transfer encoder_decoder \
+    --set "${length[@]}" lr=0.01 schedule=warmup
+nnssl_plan_finetuning -d 4 -pc "$run/checkpoint_final.pth" -n scratch --from_scratch --set "${length[@]}"
+
+nnssl_evaluate -d 4 -p ptPlans__mae ptPlans__scratch -f 0 1 2 3 4 --num_train 5 20 all --seeds 0 -np 2

@@ -1,0 +1,149 @@
+"""nnssl_demo: the whole pipeline on made-up or given data, ending in a report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnssl_ext.cli.common import USER_ERROR, command
+
+PRETRAIN_ID, LABELLED_ID = 1, 2
+EPOCH_STEPS = 50
+MIN_SCRATCH_DICE = 0.3
+"""Below this the scratch arm learned nothing, and comparing with it says nothing."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="nnssl_demo",
+        description="Run every stage on a CPU in minutes: made-up volumes (or --source) in, a report out. Each command "
+        "is shown as you would type it. A second start goes on where the first one stopped.",
+    )
+    p.add_argument(
+        "--source", type=Path, help="a dataset in the Medical Segmentation Decathlon's layout (default: phantoms)"
+    )
+    p.add_argument("--folder", type=Path, default=Path("demo"), help="where everything is written (default: demo)")
+    p.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="folds to train (default: all five)")
+    p.add_argument("--num_cases", type=int, default=44, help="phantoms to make (default: 44)")
+    p.add_argument("--unlabelled", type=int, default=24, help="cases to pretrain on, without labels (default: 24)")
+    p.add_argument("--num_train", nargs="+", default=["5"], help="labelled cases to fine-tune on, or all (default: 5)")
+    p.add_argument("--pretrain_epochs", type=int, default=6, help=f"of {EPOCH_STEPS} steps each (default: 6)")
+    p.add_argument("--finetune_epochs", type=int, default=5, help=f"of {EPOCH_STEPS} steps each (default: 5)")
+    p.add_argument("-np", "--num_processes", type=int, default=2, help="worker processes (default: 2)")
+    return p
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the pipeline's commands one after another and checks that there is something to compare."""
+    args = parser().parse_args(argv)
+    started = time.monotonic()
+    folder = args.folder.resolve()
+    environment = _environment(folder)
+    source = args.source or _phantoms(folder / "source", args.num_cases)
+    for number, (title, line) in enumerate(_commands(args, source, folder), start=1):
+        print(f"\n[{number}] {title}\n$ {shlex.join(line)}", flush=True)
+        _run(line, environment)
+    _finish(folder, time.monotonic() - started)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    roots = {
+        f"{tool}_{kind}": str(folder / kind)
+        for tool in ("nnssl", "nnUNet")
+        for kind in ("raw", "preprocessed", "results")
+    }
+    for path in roots.values():
+        Path(path).mkdir(parents=True, exist_ok=True)
+    print("\n".join(f"export {name}={shlex.quote(path)}" for name, path in roots.items() if name.startswith("nnssl")))
+    return {**os.environ, **roots, "OMP_WAIT_POLICY": "passive"}
+
+
+def _phantoms(folder: Path, num_cases: int) -> Path:
+    from nnssl_ext.dataset.phantom import write_phantom_dataset
+
+    if not (folder / "dataset.json").is_file():
+        write_phantom_dataset(folder, num_cases)
+    print(f"\n[0] {num_cases} made-up volumes with three structures each, in {folder}")
+    return folder
+
+
+def _commands(args: argparse.Namespace, source: Path, folder: Path) -> list[tuple[str, list[str]]]:
+    """The pipeline as titles and command lines."""
+    run = "MAETrainer-demo__nnsslPlans__3d_fullres"
+    checkpoint = folder / f"results/Dataset{PRETRAIN_ID:03d}_DemoUnlabelled" / run / "fold_all/checkpoint_final.pth"
+    workers = f"-np {args.num_processes}"
+    finetune = _words("nnssl_plan_finetuning", f"-d {LABELLED_ID} -pc", checkpoint, workers)
+    steps = f"num_epochs={args.finetune_epochs} iterations_per_epoch={EPOCH_STEPS} val_iterations_per_epoch=4"
+    return [
+        (
+            "convert: some cases become a dataset without labels",
+            _words(
+                *("nnssl_convert msd", source, f"-d {LABELLED_ID} --name Demo"),
+                f"--unlabelled {args.unlabelled} --unlabelled_dataset {PRETRAIN_ID}",
+            ),
+        ),
+        (
+            "fingerprint, plan and preprocess it",
+            _words(f"nnssl_plan_and_preprocess -d {PRETRAIN_ID} -pl nnsslPlannerResEncXS", workers),
+        ),
+        (
+            "pretrain by masked autoencoding",
+            _words(
+                f"nnssl_train {PRETRAIN_ID} 3d_fullres -tr MAETrainer -tag demo -device cpu --c -batch_size 4",
+                f"-num_epochs {args.pretrain_epochs} -steps_per_epoch {EPOCH_STEPS} --save_every 1",
+                "--set val_steps_per_epoch=4 block_size=8",
+            ),
+        ),
+        (
+            "plan fine-tuning from the checkpoint",
+            [*finetune, *_words(f"-n mae -transfer encoder_decoder --set {steps} lr=0.01 schedule=warmup")],
+        ),
+        ("plan the baseline from scratch", [*finetune, *_words(f"-n scratch --from_scratch --set {steps}")]),
+        (
+            "fine-tune both arms on every fold, score and report",
+            _words(
+                f"nnssl_evaluate -d {LABELLED_ID} -p ptPlans__mae ptPlans__scratch --name demo -device cpu {workers}",
+                f"--num_train {' '.join(args.num_train)} -f {' '.join(map(str, args.folds))}",
+            ),
+        ),
+    ]
+
+
+def _words(*parts: str | Path) -> list[str]:
+    """Words of a command line: texts are split at spaces, paths are not."""
+    return [word for part in parts for word in ([str(part)] if isinstance(part, Path) else part.split())]
+
+
+def _run(line: Sequence[str], environment: dict[str, str]) -> None:
+    module = f"nnssl_ext.cli.{line[0].removeprefix('nnssl_')}"
+    code = f"from {module} import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *line[1:]], env=environment, check=False)
+    if done.returncode:
+        print(f"\nerror: that command ended with status {done.returncode}; the demo stops here", file=sys.stderr)
+        raise SystemExit(done.returncode)
+
+
+def _finish(folder: Path, seconds: float) -> None:
+    from nnssl_ext.evaluation.records import REPORT_FILE, load_evaluation
+
+    results = next((folder / "results").glob(f"Dataset{LABELLED_ID:03d}_*")) / "evaluation" / "demo"
+    evaluation = load_evaluation(results)
+    dice = evaluation.summary(evaluation.reference.name, evaluation.num_train[-1], "dice")
+    if dice is None or dice.mean is None or dice.mean < MIN_SCRATCH_DICE:
+        print(
+            f"\nerror: the arm from scratch reached a Dice of {dice and dice.mean}, below {MIN_SCRATCH_DICE}: it "
+            "learned too little to compare with. Train longer: --finetune_epochs, or on more cases: --num_train",
+            file=sys.stderr,
+        )
+        raise SystemExit(USER_ERROR)
+    for verdict in evaluation.verdicts:
+        print(f"\n{verdict.headline}\n{verdict.certainty}")
+    print(f"\nDone in {seconds / 60:.1f} minutes. The report: {results / REPORT_FILE}")
