@@ -141,6 +141,7 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> int:
     from dataclasses import replace
 
     from nnssl_ext.core.logs import configure_logging
+    from nnssl_ext.engine.device import resolve_device
     from nnssl_ext.engine.distributed import current_world
     from nnssl_ext.engine.loop import Outcome, pretrain
 
@@ -149,7 +150,8 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> int:
         return _start_processes(args, arguments)
     if world.main:
         configure_logging()
-    spec = replace(_spec(args), memory_gb=free_memory(_device(args)))
+    device = resolve_device(_device(args), world)
+    spec = replace(_spec(args), memory_gb=free_memory(str(device)))
     return STOPPED if pretrain(spec) is Outcome.STOPPED else 0
 
 

@@ -27,6 +27,7 @@ from nnssl_ext.engine.distributed import World, any_rank, current_world, process
 from nnssl_ext.engine.run import (
     RunFolder,
     RunSpec,
+    check_channels,
     check_existing,
     check_identity,
     check_memory,
@@ -113,7 +114,8 @@ def prepare(spec: RunSpec, world: World) -> Prepared:
 
     Raises:
         ValueError: For a run that is there already, other settings than those it was started with, a patch that is not
-            divisible, too few cases or patients, a device that is not there, or too little memory.
+            divisible, too few cases or patients, other channels than the network's, a device that is not there, or too
+            little memory.
         FileNotFoundError: Where the data is not preprocessed.
     """
     folder = RunFolder(spec.folder)
@@ -124,6 +126,7 @@ def prepare(spec: RunSpec, world: World) -> Prepared:
     check_patch(spec.configuration)
     check_memory(spec, precision)
     store = Store.open(spec.data_folder)
+    check_channels(store, spec.configuration)
     split = load_or_make_split(spec, store, folder)
     return Prepared(folder, store, split, device, precision, folder.final.exists())
 

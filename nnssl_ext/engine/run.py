@@ -191,6 +191,20 @@ def check_memory(spec: RunSpec, precision: str) -> None:
         )
 
 
+def check_channels(store: Store, configuration: Configuration) -> None:
+    """Refuse data that was preprocessed with other plans.
+
+    Raises:
+        ValueError: Where a case has another number of channels than the network.
+    """
+    for case_id, entry in store.entries.items():
+        if entry.shape[0] != configuration.num_input_channels:
+            raise ValueError(
+                f"{case_id} in {store.folder} has {entry.shape[0]} channel(s), configuration {configuration.name!r} "
+                f"has {configuration.num_input_channels}. Preprocess again with these plans: nnssl_preprocess --overwrite"
+            )
+
+
 def split_cases(store: Store, trainer: PretrainTrainer, seed: int) -> Split:
     """Hold out patients for validation.
 

@@ -182,8 +182,10 @@ class Stepper:
             random = SampleRandom(self.seed, 0, batch.samples).child("validation")
             output = self._forward(batch, random, train=False)
             meter.add(self._average([_scalars(output)]))
+            size = self.task.configuration.patch_size
             with autocast(self.precision, self.device):
-                monitor.add(self.task.encoder, self._laid_out(batch.data), batch.valid, batch.cases)
+                data, valid = self._laid_out(centre(batch.data, size)), centre(batch.valid, size)
+                monitor.add(self.task.encoder, data, valid, batch.cases)
             images = output.images if images is None else images
             if stop():
                 return None
@@ -220,6 +222,13 @@ class Stepper:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+def centre(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The middle of a tensor (B, C, *shape), of that size: what a patch sees of a larger crop."""
+    for axis, edge in enumerate(size, start=2):
+        tensor = tensor.narrow(axis, (tensor.shape[axis] - edge) // 2, edge)
+    return tensor
 
 
 def _memory_format(dims: int, channels_last: bool) -> torch.memory_format:

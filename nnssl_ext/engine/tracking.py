@@ -150,7 +150,9 @@ def epoch_line(metrics: Mapping[str, Any], timing: Mapping[str, Any], num_epochs
     """One line about an epoch, for the log."""
     parts = [f"epoch {metrics['epoch'] + 1}/{num_epochs}"]
     parts += [
-        f"{name.removesuffix('_loss')} {metrics[name]:.4f}" for name in ("train_loss", "val_loss") if metrics.get(name)
+        f"{name.removesuffix('_loss')} {metrics[name]:.4f}"
+        for name in ("train_loss", "val_loss")
+        if metrics.get(name) is not None
     ]
     parts.append(f"lr {metrics['lr']:.2e}")
     parts += [

@@ -276,6 +276,23 @@ def test_a_patch_that_the_network_cannot_halve_is_refused(make_spec, tiny_plan):
         pretrain(make_spec(plan=tiny_plan((16, 22, 8))))
 
 
+def test_data_of_other_plans_is_refused(make_spec):
+    spec = make_spec()
+    write_store(spec.data_folder, 6, channels=2)
+    with pytest.raises(ValueError, match=r"has 2 channel.*3d_fullres' has 1.*nnssl_preprocess"):
+        pretrain(spec)
+
+
+@pytest.mark.parametrize(("patch_size", "channels"), [((16, 8), 1), ((12, 24, 8), 2)], ids=["2d", "two channels"])
+def test_other_dimensions_and_channels_train(make_spec, tiny_plan, patch_size, channels):
+    plan = tiny_plan(patch_size, channels)
+    spec = make_spec(["num_epochs=1"])
+    write_store(spec.data_folder, 6, channels=channels)
+    configuration = plan.configuration(plan.configuration_names[0])
+    assert pretrain(replace(spec, plan=plan, configuration=configuration)) is Outcome.FINISHED
+    assert records(spec.folder)[0]["val_loss"] > 0
+
+
 def test_too_little_memory_is_refused(make_spec):
     with pytest.raises(ValueError, match=r"needs about .* GB.*-batch_size.*-gpu_memory_target 1"):
         pretrain(make_spec(memory_gb=1e-4))

@@ -11,7 +11,7 @@ from nnssl_ext.engine.device import loss_scaler, resolve_precision
 from nnssl_ext.engine.distributed import World, any_rank, current_world, gather, mean_over_ranks
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
-from nnssl_ext.engine.steps import MAX_SKIPPED_STEPS, Stepper
+from nnssl_ext.engine.steps import MAX_SKIPPED_STEPS, Stepper, centre
 from nnssl_ext.engine.task import PretextTask, PretrainTrainer, StepOutput, TaskInfo
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.planners.rules import StepCost
@@ -147,7 +147,8 @@ def test_several_in_a_row_end_the_run_with_advice(make_stepper):
 
 
 def test_fp16_scales_the_loss_and_unscales_the_gradient(make_stepper):
-    full, half = make_stepper(), make_stepper("fp16")
+    small = NoSettings(scale=0.01)
+    full, half = make_stepper(task_config=small), make_stepper("fp16", task_config=small)
     assert half.scaler.get_scale() > 1
     expected, values = full.train_step([batch_of()], 0), half.train_step([batch_of()], 0)
     assert values["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-2)
@@ -222,3 +223,9 @@ def test_torchruns_environment_is_read(monkeypatch):
     world = current_world()
     assert world == World(rank=5, size=8, local_rank=1)
     assert not world.main
+
+
+def test_the_centre_of_a_larger_crop_is_what_a_patch_sees():
+    crop = torch.arange(2 * 6 * 5).reshape(1, 2, 6, 5)
+    assert torch.equal(centre(crop, (4, 5)), crop[:, :, 1:5])
+    assert torch.equal(centre(crop, (6, 5)), crop)
