@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 FOREGROUND_RULE = (
-    "voxels above Otsu's threshold of the case (intensities clipped to the 0.1 and 99.9 percentiles), "
-    "in connected parts of at least 5% of the largest part's size"
+    "voxels above Otsu's threshold of the case (intensities clipped to the 0.1 and 99.9 percentiles), in "
+    "connected parts (blocks of 2 voxels an edge that share faces) of at least 5% of the largest part's size"
 )
 """The rule of `foreground_mask` in words, written into every fingerprint."""
 
 CLIP_PERCENTILES = (0.1, 99.9)
 MIN_PART = 0.05
 NUM_BINS = 256
-MAX_SAMPLED_VOXELS = 1 << 22
+SAMPLED_VOXELS = 1 << 18
+"""Voxels that decide the threshold: percentiles of so many are within 0.01 points of those of all."""
 
 
 def otsu_threshold(values: NDArray[np.floating]) -> float:
@@ -51,24 +54,48 @@ def foreground_mask(image: NDArray[np.floating]) -> NDArray[np.bool_]:
     Returns:
         (Z, Y, X) bool. All False where the finite voxels are constant.
     """
+    finite = np.isfinite(image)
+    sample = _sample(image)
+    sample = sample[np.isfinite(sample)]
+    low, high = np.percentile(sample, CLIP_PERCENTILES) if sample.size else (0.0, 0.0)
+    if low == high:  # nearly everything is one value: look at all of the range
+        sample = image[finite]
+        if not sample.size:
+            return finite
+        low, high = sample.min(), sample.max()
+    threshold = otsu_threshold(np.clip(sample, low, high))
+    return _without_small_parts(finite & (image > threshold))
+
+
+def _sample(image: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Every n-th voxel of a large image, with an n that walks through all rows and columns alike."""
+    step = max(1, image.size // SAMPLED_VOXELS)
+    while math.gcd(step, math.prod(image.shape)) > 1:
+        step += 1
+    return image.reshape(-1)[::step]
+
+
+def _without_small_parts(bright: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Leaves out parts of less than 5% of the largest one's size. Labelling blocks costs an eighth of labelling voxels.
+
+    Args:
+        bright: (Z, Y, X); overwritten.
+    """
     from scipy.ndimage import label
 
-    finite = np.isfinite(image)
-    values = image[finite]
-    if not values.size:
-        return np.zeros(image.shape, dtype=bool)
-    sample = values[:: -(-values.size // MAX_SAMPLED_VOXELS)]
-    low, high = np.percentile(sample, CLIP_PERCENTILES)
-    if low == high:  # nearly everything is one value: look at all of the range
-        low, high = values.min(), values.max()
-    threshold = otsu_threshold(np.clip(sample, low, high))
-    bright = finite & (image > threshold)
-    parts, _ = label(bright, structure=np.ones((3,) * image.ndim))
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    kept = sizes >= max(1.0, MIN_PART * sizes.max())
-    kept[0] = False
-    return kept[parts]
+    counts = np.pad(bright.view(np.uint8), [(0, size % 2) for size in bright.shape])
+    counts = counts[::2] + counts[1::2]
+    counts = counts[:, ::2] + counts[:, 1::2]
+    counts = counts[..., ::2] + counts[..., 1::2]
+    parts, _ = label(counts)
+    sizes = np.bincount(parts.reshape(-1), weights=counts.reshape(-1))
+    small = sizes < MIN_PART * sizes.max()
+    if small[1:].any():
+        dropped = small[parts]
+        for corner in np.ndindex(2, 2, 2):
+            voxels = bright[tuple(slice(start, None, 2) for start in corner)]
+            voxels &= ~dropped[tuple(slice(size) for size in voxels.shape)]
+    return bright
 
 
 def nonzero_box(data: NDArray[np.floating]) -> tuple[tuple[int, int], ...]:

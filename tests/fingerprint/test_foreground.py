@@ -3,7 +3,7 @@ import pytest
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from skimage.filters import threshold_otsu
 
-from nnssl_ext.fingerprint.foreground import foreground_mask, nonzero_box, otsu_threshold
+from nnssl_ext.fingerprint.foreground import SAMPLED_VOXELS, foreground_mask, nonzero_box, otsu_threshold
 from nnssl_ext.imageio import read_image
 
 
@@ -34,6 +34,26 @@ def test_small_parts_are_left_out_and_large_ones_kept():
     assert np.array_equal(foreground_mask(image), inside)
     image[0:2, 0:5, 0:20] = 100  # 200 voxels, above
     assert foreground_mask(image)[0:2, 0:5, 0:20].all()
+
+
+def test_parts_are_counted_in_blocks_that_share_faces():
+    image = np.zeros((12, 40, 41), dtype=np.float32)
+    image[2:10, 2:20, 2:20] = 100  # 2592 voxels
+    image[2:10, 21:26, 2:4] = 100  # its block shares a face with the body's neighbour, though a row between is dark
+    image[2:10, 30:35, 30:32] = 100  # as many voxels far away: 80 are below 5%
+    expected = image > 0
+    expected[:, 30:] = False
+    image[11, 39, 40] = 100  # alone in the last, incomplete block
+    assert np.array_equal(foreground_mask(image), expected)
+
+
+def test_a_sample_decides_the_threshold_of_large_images():
+    image, _ = body(shape=(64, 96, 96), lower=(10, 10, 10), upper=(50, 80, 80))
+    image[10:50, 10:80, 10:80] -= np.linspace(0, 80, 40, dtype=np.float32)[:, None, None]
+    bright = image > otsu_threshold(np.clip(image, *np.percentile(image, (0.1, 99.9))))
+    found = foreground_mask(image)
+    assert np.logical_xor(found, bright).mean() < 0.01
+    assert image.size > 2 * SAMPLED_VOXELS
 
 
 def test_extreme_voxels_do_not_move_the_threshold():
