@@ -12,7 +12,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -88,20 +88,18 @@ class WorkerPool:
             RuntimeError: If a worker died; the message names the files it was reading.
         """
         self._start()
-        turns = cycle(self._workers)
+        coming, turns = iter(requests), cycle(self._workers)
         pending: deque[tuple[_Worker, BatchRequest]] = deque()
         try:
-            for request in requests:
-                if len(pending) == BATCHES_AHEAD * self.num_workers:
-                    yield _receive(*pending.popleft())
-                worker = next(turns)
-                pending.append((worker, request))
-                _send(worker, request)
+            _ask(islice(coming, BATCHES_AHEAD * self.num_workers), turns, pending)
             while pending:
-                yield _receive(*pending.popleft())
-        except BaseException:
-            self.close()
-            raise
+                batch = _receive(*pending[0])
+                pending.popleft()
+                _ask(islice(coming, 1), turns, pending)
+                yield batch
+        finally:
+            if pending:  # left early, or an error: what is still on its way must not answer the next request
+                self.close()
 
     def _start(self) -> None:
         if self._workers:
@@ -141,11 +139,16 @@ def _stop(workers: list[_Worker]) -> None:
     workers.clear()
 
 
-def _send(worker: _Worker, request: BatchRequest) -> None:
-    try:
-        worker.connection.send(request)
-    except ConnectionError as error:
-        raise _death(worker, request) from error
+def _ask(
+    requests: Iterable[BatchRequest], turns: Iterator[_Worker], pending: deque[tuple[_Worker, BatchRequest]]
+) -> None:
+    for request in requests:
+        worker = next(turns)
+        pending.append((worker, request))
+        try:
+            worker.connection.send(request)
+        except ConnectionError as error:
+            raise _death(worker, request) from error
 
 
 def _receive(worker: _Worker, request: BatchRequest) -> Batch:

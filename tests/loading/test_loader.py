@@ -1,4 +1,5 @@
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -38,7 +39,10 @@ def test_workers_change_nothing(make_store, num_workers: int) -> None:
     expected = list(loader(store).batches(0, 9))
     with loader(store, num_workers=num_workers) as parallel:
         same(list(parallel.batches(0, 9)), expected)
+        workers = [worker.process.pid for worker in parallel._pool._workers]
         same(list(parallel.batches(4, 9)), expected[4:])
+        assert [worker.process.pid for worker in parallel._pool._workers] == workers
+        assert len(workers) == num_workers
         assert parallel.wait_seconds > 0
 
 
@@ -158,17 +162,7 @@ def test_a_damaged_file_is_named(make_store, num_workers: int, damage: str) -> N
         path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
     else:
         blosc2.open(str(path), mode="a")[:] = np.nan
-        size = path.stat().st_size
-        store.entries["case_2"] = (
-            Store(store.folder, store.entries)
-            .entries["case_2"]
-            .__class__(
-                **{
-                    **{f: getattr(store.entries["case_2"], f) for f in store.entries["case_2"].__slots__},
-                    "num_bytes": size,
-                }
-            )
-        )
+        store.entries["case_2"] = replace(store.entries["case_2"], num_bytes=path.stat().st_size)
     with loader(store, num_workers=num_workers) as broken, pytest.raises(ValueError, match=r"case_2\.b2nd: .*nnssl_p"):
         list(broken.batches(0, 9))
 
@@ -201,6 +195,15 @@ def test_reading_before_workers_start_does_not_deadlock(make_store) -> None:
         blosc2.set_nthreads(before)
     with loader(store, num_workers=1) as parallel:
         same(list(parallel.batches(0, 3)), list(loader(store).batches(0, 3)))
+
+
+def test_spawned_workers_read_the_same(make_store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no forkserver."""
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    store = make_store(SHAPES[:2])
+    with loader(store, num_workers=1) as parallel:
+        same(list(parallel.batches(0, 3)), list(loader(store).batches(0, 3)))
+        assert type(parallel._pool._workers[0].process).__name__ == "SpawnProcess"
 
 
 ORPHAN = """
