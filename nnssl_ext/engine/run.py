@@ -201,7 +201,7 @@ def check_channels(store: Store, configuration: Configuration) -> None:
         if entry.shape[0] != configuration.num_input_channels:
             raise ValueError(
                 f"{case_id} in {store.folder} has {entry.shape[0]} channel(s), configuration {configuration.name!r} "
-                f"has {configuration.num_input_channels}. Preprocess again with these plans: nnssl_preprocess --overwrite"
+                f"has {configuration.num_input_channels}. Preprocess with these plans: nnssl_preprocess --overwrite"
             )
 
 
