@@ -52,6 +52,9 @@ class FinetuningConfig:
     """Optimiser steps of an epoch."""
     val_iterations_per_epoch: int = 50
     """Validation batches behind each epoch's loss and pseudo Dice: the same crops in every epoch."""
+    precision: Literal["default", "fp32", "bf16"] = "default"
+    """Arithmetic of the training steps. `default` is nnU-Net's: fp16 on CUDA, else fp32. `bf16` takes about half the
+    time on processors that compute in it. Validation and prediction are nnU-Net's in any case."""
     save_every: int = 25
     """Epochs between two `checkpoint_latest.pth`, from which a killed run goes on."""
     validate_every: int = 0

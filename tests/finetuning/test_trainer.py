@@ -219,6 +219,14 @@ def test_rates_follow_the_schedule_and_the_depth(base: Path) -> None:
     assert {g["weight_decay"] for g in trainer.optimizer.param_groups} == {1e-4}
 
 
+def test_bf16_steps_differ_from_fp32_by_rounding_only(base: Path) -> None:
+    trainers = [build(variant(base, f"precision_{p}", precision=p)) for p in ("default", "fp32", "bf16")]
+    batch = next(trainers[0].get_dataloaders()[0])
+    losses = [float(trainer.train_step(batch)["loss"]) for trainer in trainers]
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[2] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_a_fold_that_the_plans_lack_is_refused(base: Path) -> None:
     with pytest.raises(ValueError, match="fold 5 is not in the plans: they list 0 to 4"):
         train(variant(base, "folds"), 5)
