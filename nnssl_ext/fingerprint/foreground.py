@@ -83,10 +83,7 @@ def _without_small_parts(bright: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """
     from scipy.ndimage import label
 
-    counts = np.pad(bright.view(np.uint8), [(0, size % 2) for size in bright.shape])
-    counts = counts[::2] + counts[1::2]
-    counts = counts[:, ::2] + counts[:, 1::2]
-    counts = counts[..., ::2] + counts[..., 1::2]
+    counts = count_in_blocks(bright, 1)
     parts, _ = label(counts)
     sizes = np.bincount(parts.reshape(-1), weights=counts.reshape(-1))
     small = sizes < MIN_PART * sizes.max()
@@ -96,6 +93,26 @@ def _without_small_parts(bright: NDArray[np.bool_]) -> NDArray[np.bool_]:
             voxels = bright[tuple(slice(start, None, 2) for start in corner)]
             voxels &= ~dropped[tuple(slice(size) for size in voxels.shape)]
     return bright
+
+
+def count_in_blocks(mask: NDArray[np.bool_], doublings: int) -> NDArray[np.integer]:
+    """How many voxels of each block are True.
+
+    Args:
+        mask: (Z, Y, X).
+        doublings: Blocks are 2 to this power voxels an edge; those at the far border may hang over it.
+
+    Returns:
+        One count per block, in the smallest type that holds a full block's.
+    """
+    edge = 2**doublings
+    counts: NDArray[np.integer] = np.pad(mask.view(np.uint8), [(0, -size % edge) for size in mask.shape])
+    for doubling in range(1, doublings + 1):
+        counts = counts.astype(np.min_scalar_type(8**doubling), copy=False)
+        counts = counts[::2] + counts[1::2]
+        counts = counts[:, ::2] + counts[:, 1::2]
+        counts = counts[..., ::2] + counts[..., 1::2]
+    return counts
 
 
 def nonzero_box(data: NDArray[np.floating]) -> tuple[tuple[int, int], ...]:

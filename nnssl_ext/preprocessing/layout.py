@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from nnssl_ext.fingerprint.foreground import count_in_blocks
 
 StorageType = Literal["float16", "float32"]
 BLOCK_VOXELS = 32**3
@@ -86,14 +89,11 @@ def occupancy_grid(foreground: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bo
     Returns:
         The grid, and the edges of a cell in voxels (cells at the far border may be clipped by the volume).
     """
-    edge = SMALLEST_CELL
-    while np.prod([-(-size // edge) for size in foreground.shape]) > MAX_CELLS:
-        edge *= 2
-    cell = tuple(min(edge, size) for size in foreground.shape)
-    counts, volume = foreground.astype(np.int32), np.ones((), np.int64)
-    for axis, step in enumerate(cell):
-        starts = np.arange(0, foreground.shape[axis], step)
-        counts = np.add.reduceat(counts, starts, axis=axis)
-        lengths = np.diff(np.append(starts, foreground.shape[axis]))
-        volume = np.multiply.outer(volume, lengths)
-    return 2 * counts >= volume, (cell[0], cell[1], cell[2])
+    doublings = SMALLEST_CELL.bit_length() - 1
+    while math.prod(-(-size // 2**doublings) for size in foreground.shape) > MAX_CELLS:
+        doublings += 1
+    edge = 2**doublings
+    lengths = [np.minimum(edge, size - np.arange(0, size, edge)) for size in foreground.shape]
+    volume = np.multiply.outer(np.multiply.outer(lengths[0], lengths[1]), lengths[2])
+    z, y, x = (min(edge, size) for size in foreground.shape)
+    return 2 * count_in_blocks(foreground, doublings).astype(np.int64) >= volume, (z, y, x)

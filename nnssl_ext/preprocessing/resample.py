@@ -201,7 +201,12 @@ def resample(
         return data
     check_resampling(function, {"is_seg": is_seg, "order": order, "order_z": order_z})
     axis = separate_axis(spacing, new_spacing, separate_z_anisotropy_threshold, force_separate_z)
-    return np.stack([resize(channel, shape, order, axis, order_z) for channel in data])
+    if tuple(shape) == data.shape[1:]:
+        return data
+    result = np.empty((len(data), *shape), dtype=np.float32)
+    for channel, target in zip(data, result, strict=True):
+        target[...] = resize(channel, shape, order, axis, order_z)
+    return result
 
 
 def check_resampling(function: str, settings: Mapping[str, Any]) -> None:

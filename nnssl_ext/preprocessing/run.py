@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from nnssl_ext.preprocessing.index import (
     write_index,
 )
 from nnssl_ext.preprocessing.layout import StorageType
+from nnssl_ext.preprocessing.lock import sole_writer
 from nnssl_ext.preprocessing.normalize import CT_SCHEME, check_normalization
 from nnssl_ext.preprocessing.resample import check_resampling
 from nnssl_ext.preprocessing.store import SUFFIX, Store, write_case
 
 logger = logging.getLogger(__name__)
-TEMPORARY_FILES = f".tmp-*{SUFFIX}"
+TEMPORARY_FILES = ".tmp-*"
 MAX_LISTED = 20
 
 
@@ -54,8 +56,10 @@ def preprocess_case(
     """
     source = source_stamp(case)
     image, geometry = read_image(case.images)
+    hashes = [content_hash(channel) for channel in image]
     try:
         result = preprocess_array(image, geometry.spacing, plan, configuration)
+        del image  # the raw and the finished volume are not needed together
         return write_case(
             folder,
             case.case_id,
@@ -66,7 +70,7 @@ def preprocess_case(
             subject=case.subject,
             dataset=case.dataset,
             modalities=case.modalities,
-            content_hashes=[content_hash(channel) for channel in image],
+            content_hashes=hashes,
             source=source,
             dtype=dtype,
         )
@@ -122,7 +126,7 @@ def preprocess_dataset(
         manifest: The cases.
         plan: Foreground statistics.
         configuration: Axes, spacing, normalisation, resampling.
-        folder: Where the files go; one run at a time may write to it.
+        folder: Where the files go.
         executor: Runs the cases.
         skip_failed: Finish with the cases that could be preprocessed; the others are named in the index.
         overwrite: Delete what is in the folder first.
@@ -134,29 +138,35 @@ def preprocess_dataset(
 
     Raises:
         ValueError: If the plan cannot be carried out, the folder holds cases made with other settings, cases failed
-            (without `skip_failed`), none is left, or the disk is full.
+            (without `skip_failed`), none is left, another run is writing to the folder, or the disk is full.
     """
     check_normalization(configuration.normalization_schemes, plan.foreground_intensity_properties)
     check_resampling(configuration.resampling_fn_data, configuration.resampling_fn_data_kwargs)
     folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder, everything=overwrite)
     settings = storage_settings(plan, configuration, dtype)
     failed = dict(excluded or {})
     cases = [case for case in manifest.cases if case.case_id not in failed]
-    done = _finished(folder, settings, cases)
-    todo = {case.case_id: (case, plan, configuration, folder, dtype) for case in cases if case.case_id not in done}
-    logger.info("%s: %d cases are there, %d to preprocess", folder.name, len(done), len(todo))
-    try:
+    with _full_disk_explained(folder), sole_writer(folder):
+        _clear(folder, everything=overwrite)
+        done = _finished(folder, settings, cases)
+        todo = {case.case_id: (case, plan, configuration, folder, dtype) for case in cases if case.case_id not in done}
+        logger.info("%s: %d cases are there, %d to preprocess", folder.name, len(done), len(todo))
         failed |= _run(folder, settings, done, todo, executor)
         _judge(failed, len(done), skip_failed)
         write_index(folder, Index(settings=settings, entries=done, failed=failed))
+        (folder / JOURNAL_FILE).unlink(missing_ok=True)
+    return Store(folder, done)
+
+
+@contextmanager
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except StorageFullError as error:
         raise ValueError(
             f"the disk of {folder} is full: {error}. Every finished case is whole. Free space, or point "
             "nnssl_preprocessed to another disk, and start the same command again: it goes on where it stopped."
         ) from error
-    (folder / JOURNAL_FILE).unlink(missing_ok=True)
-    return Store(folder, done)
 
 
 def _run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -97,6 +98,7 @@ def _case_path(folder: Path, case_id: str) -> Path:
 def _encode(
     array: npt.NDArray[Any], properties: Mapping[str, Any], grid: npt.NDArray[np.bool_], cell: tuple[int, int, int]
 ) -> bytes:
+    _single_threaded()
     block = block_shape(array.shape[1:])
     chunk = chunk_shape(array.shape[1:])
     compression = {
@@ -108,7 +110,7 @@ def _encode(
     stored = blosc2.asarray(array, chunks=(1, *chunk), blocks=(1, *block), cparams=compression)
     stored.schunk.vlmeta["properties"] = json.dumps(properties, allow_nan=False)
     stored.schunk.vlmeta["occupancy"] = [list(cell), list(grid.shape), np.packbits(grid).tobytes()]
-    return bytes(stored.to_cframe())
+    return stored.to_cframe()
 
 
 class Store:
@@ -219,5 +221,10 @@ def _open(path: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def _single_threaded() -> None:
-    """One blosc2 thread a process: a loader has many processes, and forking after a threaded read deadlocks."""
+    """One blosc2 thread a process: a loader has many processes, and forking after a threaded read deadlocks.
+
+    The environment variable is set too, because it overrules every argument and its value goes into a file's header:
+    a case that is written again must be the same bytes whatever the process was started with.
+    """
+    os.environ["BLOSC_NTHREADS"] = "1"
     blosc2.set_nthreads(1)

@@ -27,6 +27,7 @@ from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
 from nnssl_ext.fingerprint.record import Fingerprint
 from nnssl_ext.planners.plan import Plan
 from nnssl_ext.preprocessing.index import JOURNAL_FILE, read_index
+from nnssl_ext.preprocessing.lock import sole_writer
 from nnssl_ext.preprocessing.run import preprocess_configurations, preprocess_dataset
 from nnssl_ext.preprocessing.store import Store
 
@@ -189,6 +190,7 @@ from nnssl_ext.core.executor import make_executor
 from nnssl_ext.dataset.integrity import Problem
 from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
 from nnssl_ext.planners.plan import Plan
+from nnssl_ext.preprocessing.lock import sole_writer
 from nnssl_ext.preprocessing.run import preprocess_dataset
 
 plan = Plan.load(Path(sys.argv[2]))
@@ -239,11 +241,22 @@ def test_a_killed_worker_costs_no_case(make_dataset: MakeDataset, make_plan: Mak
     store = run(manifest, plan, folder, num_processes=2)
     assassin.join()
     assert killed
-    assert sorted(store.entries) == sorted(reference.entries)
-    for case_id, entry in store.entries.items():
+    assert store.entries == reference.entries
+    for case_id in store.entries:
         store.verify(case_id)
-        whole = case_id, (0, 0, 0), entry.shape[1:]
-        np.testing.assert_array_equal(store.read_crop(*whole), reference.read_crop(*whole))
+
+
+def test_a_second_run_is_refused_and_touches_nothing(
+    make_dataset: MakeDataset, make_plan: MakePlan, tmp_path: Path
+) -> None:
+    manifest, plan, folder = make_dataset(1), make_plan(), tmp_path / "store"
+    run(manifest, plan, folder)
+    with sole_writer(folder):
+        (folder / ".tmp-first.b2nd").write_bytes(b"half")
+        before = sorted(folder.iterdir())
+        with pytest.raises(ValueError, match="another run is writing"):
+            run(manifest, plan, folder, overwrite=True)
+        assert sorted(folder.iterdir()) == before
 
 
 def test_colour_pictures(roots: Path, make_plan: MakePlan, tmp_path: Path) -> None:

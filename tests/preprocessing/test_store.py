@@ -1,5 +1,6 @@
 """The store: what is written comes back, only what is touched is read, and damage is noticed."""
 
+import os
 import subprocess
 import sys
 import time
@@ -243,3 +244,28 @@ def test_a_missing_or_damaged_index_says_what_to_do(tmp_path: Path) -> None:
         (tmp_path / "nnssl_index.json").write_text(content)
         with pytest.raises(ValueError, match="nnssl_preprocess --overwrite"):
             Store.open(tmp_path)
+
+
+ENCODED = """
+import sys
+from pathlib import Path
+import numpy as np
+from nnssl_ext.preprocessing.store import write_case
+
+data = np.random.default_rng(0).normal(size=(1, 40, 41, 42)).astype(np.float32)
+print(write_case(Path(sys.argv[1]), "case", data, {}, data[0] > 0, spacing=(1, 1, 1)).checksum)
+"""
+
+
+def test_the_checksum_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    checksums = {
+        subprocess.run(
+            [sys.executable, "-c", ENCODED, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "BLOSC_NTHREADS": threads},
+        ).stdout
+        for threads in ("1", "8")
+    }
+    assert len(checksums) == 1
