@@ -103,7 +103,7 @@ def plan_finetuning(
         network = build_finetuning_network(plans, dataset_json)
         adapted = adapt_weights(pretrained, network, transfer, ignore_keys)
     folds = splits or dataset_splits(folder)
-    _check_cases(folds, folder.name)
+    _check_folds(folds, Manifest.load(nnunet_root("raw") / folder.name))
     config = _config(plans_name, pretrained, folds, adapted, settings)
     plans[PLANS_KEY] = to_dict(config)
     plans["pretrain_info"] = _pretrain_info(pretrained, mode, None if from_scratch else transfer)
@@ -188,14 +188,23 @@ def _plans_name(name: str) -> str:
     return name if name.startswith(PREFIX) else f"{PREFIX}{name}"
 
 
-def _check_cases(splits: Sequence[Split], dataset_name: str) -> None:
-    known = {case.case_id for case in Manifest.load(nnunet_root("raw") / dataset_name).cases}
-    unknown = sorted({case for split in splits for case in (*split.train, *split.val)} - known)
+def _check_folds(splits: Sequence[Split], manifest: Manifest) -> None:
+    """Refuses folds with unknown cases; warns of patients on both sides (nnU-Net's own folds know no patients)."""
+    subject_of = manifest.subjects()
+    unknown = sorted({case for split in splits for case in (*split.train, *split.val)} - set(subject_of))
     if unknown:
         raise ValueError(
-            f"the folds name {len(unknown)} cases that {dataset_name} does not have, such as {unknown[0]}. Correct "
-            f"{SPLITS_FILE} beside the plans, or give other folds with --splits"
+            f"the folds name {len(unknown)} cases that {manifest.dataset_name} does not have, such as {unknown[0]}. "
+            f"Correct {SPLITS_FILE} beside the plans, or give other folds with --splits"
         )
+    for index, split in enumerate(splits):
+        both = {subject_of[case] for case in split.train} & {subject_of[case] for case in split.val}
+        if both:
+            logger.warning(
+                "fold %d trains and validates on images of the same %d patients, such as %s: its result will be too "
+                "good. Remove %s to get folds by patient",
+                *(index, len(both), min(both), SPLITS_FILE),
+            )
 
 
 def _preprocessing(

@@ -165,6 +165,11 @@ class SSLFinetuneTrainer(nnUNetTrainer):
             kept = [line for line in lines if json.loads(line)["epoch"] < self.current_epoch]
             self.metrics_file.write_text("".join(f"{line}\n" for line in kept))
 
+    def on_train_end(self) -> None:
+        """Writes the final checkpoint and lets go of the loaders, whose workers then end."""
+        super().on_train_end()
+        self.dataloader_train = self.dataloader_val = None
+
     def on_train_epoch_start(self) -> None:
         """Seeds what the network itself draws in this epoch and logs the learning rate of its first step."""
         self.network.train()

@@ -94,6 +94,7 @@ def run_fold(
     if result.complete:
         logger.info("fold %s of %s is complete", fold, plans_name)
         return result
+    torch.backends.cudnn.benchmark = torch.device(device).type == "cuda"
     with _threads(num_threads), _quiet(verbose):
         runner = _build(dataset, plans_name, configuration, fold, torch.device(device), trainer)
         _continue(runner, result)

@@ -7,6 +7,7 @@ import torch
 from nnssl_ext.cli import plan_finetuning as command
 from nnssl_ext.core.executor import make_executor
 from nnssl_ext.core.records import read_json, write_json
+from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split
 from nnssl_ext.finetuning.config import PLANS_KEY, read_config
 from nnssl_ext.finetuning.nnunet_dataset import preprocess
@@ -247,6 +248,14 @@ def test_folds_may_come_from_a_file(labelled_dataset: Path, checkpoint_file: Pat
 def test_folds_with_unknown_cases_are_refused(labelled_dataset: Path, checkpoint_file: Path) -> None:
     with pytest.raises(ValueError, match="1 cases that Dataset007_Balls does not have, such as cube_1"):
         plan_finetuning(7, checkpoint_file, "mae", splits=[Split(("ball_0",), ("cube_1",))])
+
+
+def test_patients_on_both_sides_of_a_fold_are_pointed_out(
+    labelled_dataset: Path, checkpoint_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Manifest, "subjects", lambda _: {f"ball_{i}": f"patient_{i // 2}" for i in range(NUM_CASES)})
+    plan_finetuning(7, checkpoint_file, "mae", splits=[Split(("ball_0", "ball_2"), ("ball_1",))])
+    assert "fold 0 trains and validates on images of the same 1 patients, such as patient_0" in caplog.text
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from nnssl_ext.finetuning.nnunet_trainers import SSLFinetuneTrainer
 from nnssl_ext.finetuning.run import FoldResult, _build, fold_result, run_fold
 from nnssl_ext.finetuning.schedules import rate_factor
 
-from .conftest import DATASET, checkpoint, write_fingerprint, write_raw
+from .conftest import DATASET, SHAPE, checkpoint, write_fingerprint, write_raw
 
 SHORT = {"num_epochs": 4, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2, "save_every": 1}
 VAL_CASE = "ball_3"
@@ -150,6 +150,26 @@ def test_another_seed_is_another_run(base: Path, trained: FoldResult) -> None:
     other = train(variant(base, "seed", 6, num_epochs=1))
     assert metrics(other)[0]["train_loss"] != metrics(trained)[0]["train_loss"]
     assert metrics(other)[0]["val_loss"] != metrics(trained)[0]["val_loss"]
+
+
+@pytest.mark.slow
+def test_augmentation_workers_change_nothing(base: Path, trained: FoldResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    result = train(variant(base, "workers", validate_every=2))
+    assert metrics(result) == metrics(trained)
+    assert same(weights(result), weights(trained))
+
+
+def test_a_two_dimensional_network_trains_on_slices(base: Path, tmp_path: Path) -> None:
+    torch.save(checkpoint(channels=1, dims=2), tmp_path / "flat.pth")
+    settings = {**SHORT, "num_epochs": 1}
+    plan = plan_finetuning(7, tmp_path / "flat.pth", "flat", batch_size=3, **settings)
+    assert plan.configuration == "2d"
+    with make_executor(0) as executor:
+        preprocess(plan.plans_path, "2d", executor)
+    result = run_fold(7, plan.plans_name, "2d", 0, device="cpu", num_threads=1)
+    predicted = sitk.ReadImage(str(result.summary.parent / f"{VAL_CASE}.nii.gz"))
+    assert predicted.GetSize() == SHAPE[::-1]
 
 
 def test_a_killed_validation_is_made_up_for_under_the_same_settings_only(base: Path) -> None:
