@@ -81,6 +81,8 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
 
 
 def _size(text: str) -> int | Literal["all"]:
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of cases nor all")
     return "all" if text == "all" else int(text)
 
 

@@ -116,7 +116,7 @@ def _means_of(groups: Mapping[int, statistics.Array]) -> dict[int, float]:
 
 
 def compare(scores: Sequence[CaseScores], reference: str, names: Sequence[str]) -> list[Comparison]:
-    """Every arm against the reference, paired per case, with Holm's correction.
+    """Every arm against the reference, paired per case, with Holm's correction; `names` as from `class_names`.
 
     There are two families of tests for each metric: the mean over classes (arms x sizes), on which the verdict stands,
     and the single classes (arms x sizes x classes).
@@ -126,7 +126,7 @@ def compare(scores: Sequence[CaseScores], reference: str, names: Sequence[str]) 
     """
     rows: list[Comparison] = []
     for metric in METRICS:
-        for family in ([MEAN_CLASS], [name for name in names if name != MEAN_CLASS]):
+        for family in ([n for n in names if n == MEAN_CLASS], [n for n in names if n != MEAN_CLASS]):
             rows += _correct([row for name in family for row in _comparisons(scores, reference, metric, name)])
     return rows
 

@@ -46,9 +46,7 @@ def train(
         )
         for run in missing
     }
-    logger.info(
-        "%d of %d fold runs are finished, %d to do", len(prepared.runs) - len(tasks), len(prepared.runs), len(tasks)
-    )
+    logger.info("%d of %d fold runs are still to be trained", len(tasks), len(prepared.runs))
     failed = {}
     for key, error in track(training.train_missing(tasks, executor, trainer), len(tasks), "training folds"):
         if error is None:

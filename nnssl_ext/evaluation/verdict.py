@@ -104,12 +104,12 @@ def _within_luck(row: Comparison) -> bool:
 def _unfair(reference: Arm, mean: float, rising: bool) -> str:
     if mean < NEAR_ZERO_DICE:
         return (
-            f"{_capital(reference.label)} learned next to nothing there (Dice under {NEAR_ZERO_DICE}), "
+            f"{reference.label} learned next to nothing there (Dice under {NEAR_ZERO_DICE}), "
             "so the difference compares nothing with something: train longer, or check its learning rate."
         )
     if rising:
         return (
-            f"{_capital(reference.label)} was still rising when it stopped, "
+            f"{reference.label} was still rising when it stopped, "
             "so the difference may be speed of training rather than its end: train longer."
         )
     return ""
@@ -122,7 +122,7 @@ def _judge_arm(
     for size, row in zip(sizes, rows, strict=True):
         outcomes.setdefault(size.outcome, []).append(row)
     parts = [_clause(outcome, outcomes[outcome]) for outcome in _ORDER if outcome in outcomes]
-    subject = "Pretraining" if arm.pretrained and not reference.pretrained else _capital(arm.label)
+    subject = "Pretraining" if arm.pretrained and not reference.pretrained else arm.label
     overall = next(outcome for outcome in _ORDER if outcome in outcomes)
     return Verdict(
         arm=arm.name,
@@ -186,10 +186,6 @@ def _p_text(p: float | None) -> str:
     return f"corrected p < {_SMALLEST_P}" if p < _SMALLEST_P else f"corrected p = {p:.3f}"
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def warnings_about(evaluation: Evaluation, num_planned_folds: int) -> list[str]:
     """What a reader has to know before believing the numbers."""
     warnings = [_convergence_warning(evaluation.arm(row.arm), row) for row in evaluation.convergence]
@@ -198,7 +194,7 @@ def warnings_about(evaluation: Evaluation, num_planned_folds: int) -> list[str]:
         row = evaluation.summary(reference.name, size, HEADLINE_METRIC)
         if row is not None and row.mean is not None and row.mean < NEAR_ZERO_DICE:
             warnings.append(
-                f"{_capital(reference.label)} has a mean Dice of {row.mean:.3f} with {size_text(size)}: it learned "
+                f"{reference.label} has a mean Dice of {row.mean:.3f} with {size_text(size)}: it learned "
                 "next to nothing, so nothing can be compared with it."
             )
     if len(evaluation.folds) < num_planned_folds:
@@ -210,7 +206,7 @@ def warnings_about(evaluation: Evaluation, num_planned_folds: int) -> list[str]:
 
 
 def _convergence_warning(arm: Arm, row: Convergence) -> str:
-    name, size, trend = _capital(arm.label), size_text(row.num_train), row.trend
+    name, size, trend = arm.label, size_text(row.num_train), row.trend
     if trend.state == "unknown":
         return f"Whether {arm.label} had converged with {size} cannot be told: too few epochs were recorded."
     if trend.state == "settled" or trend.gain is None:

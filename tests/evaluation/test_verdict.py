@@ -1,0 +1,127 @@
+from dataclasses import replace
+
+import pytest
+
+from nnssl_ext.evaluation.convergence import Trend
+from nnssl_ext.evaluation.records import Arm, Comparison, Convergence, Summary
+from nnssl_ext.evaluation.statistics import Interval
+from nnssl_ext.evaluation.verdict import certainty, decide
+
+SCRATCH = Arm(name="s", role="reference", trainer="T", pretrained=False, label="scratch")
+MAE = Arm(name="m", role="arm", trainer="T", pretrained=True, label="mae")
+CLEAR = Comparison(
+    arm="m",
+    num_train=5,
+    metric="dice",
+    class_name="mean",
+    difference=0.06,
+    interval=Interval(0.03, 0.09),
+    p_value=0.001,
+    p_holm=0.002,
+    num_pairs=30,
+    num_better=25,
+    num_worse=5,
+    undecidable_below=0.04,
+)
+
+
+def summary(arm: str, mean: float, size=5) -> Summary:
+    return Summary(
+        arm=arm,
+        num_train=size,
+        metric="dice",
+        class_name="mean",
+        mean=mean,
+        interval=None,
+        num_cases=30,
+        num_seeds=3,
+        fold_means={},
+        seed_means={},
+    )
+
+
+def verdict(row: Comparison = CLEAR, base: float = 0.7, state: str = "settled", seeds: int = 3):
+    summaries = [summary("s", base), summary("m", base + 0.06)]
+    trend = Convergence(arm="s", num_train=5, trend=Trend(state, "dice", 0.03, 5.0, 10), num_runs=5)
+    return decide([SCRATCH, MAE], summaries, [row], [trend], seeds)[0]
+
+
+def test_a_clear_gain() -> None:
+    found = verdict()
+    assert found.outcome == "helped"
+    assert found.headline == "Pretraining helped with 5 training cases (+0.060 Dice)."
+    assert found.sizes[0].sentence == (
+        "With 5 training cases mae reached a mean Dice of 0.760 against 0.700 for scratch: +0.060 (95% interval +0.030 "
+        "to +0.090), corrected p = 0.002, 30 paired cases (25 better, 5 worse)."
+    )
+
+
+def test_a_clear_loss() -> None:
+    row = replace(CLEAR, difference=-0.06, interval=Interval(-0.09, -0.03))
+    assert verdict(row).outcome == "hurt"
+    assert verdict(row).headline == "Pretraining hurt with 5 training cases (-0.060 Dice)."
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"p_holm": 0.06}, "not enough to call it a difference"),
+        ({"interval": Interval(-0.01, 0.13)}, "not enough to call it a difference"),
+        ({"interval": None}, "not enough to call it a difference"),
+        ({"undecidable_below": 0.07}, "within the spread of the seeds"),
+    ],
+)
+def test_what_is_not_enough(change: dict, reason: str) -> None:
+    found = verdict(replace(CLEAR, **change))
+    assert found.outcome == "undecided"
+    assert reason in found.sizes[0].sentence
+    assert "made no difference that this evaluation can show" in found.headline
+
+
+def test_a_gain_over_a_baseline_that_was_still_rising_is_not_called_one() -> None:
+    found = verdict(state="rising")
+    assert found.outcome == "unfair"
+    assert "the baseline had not finished learning" in found.headline
+    assert "scratch was still rising when it stopped" in found.sizes[0].sentence
+
+
+def test_a_gain_over_nothing_is_not_called_one() -> None:
+    found = verdict(base=0.02)
+    assert found.outcome == "unfair"
+    assert "learned next to nothing" in found.sizes[0].sentence
+
+
+def test_a_loss_against_a_rising_baseline_stays_a_loss() -> None:
+    row = replace(CLEAR, difference=-0.06, interval=Interval(-0.09, -0.03))
+    assert verdict(row, state="rising").outcome == "hurt"
+
+
+def test_several_sizes_share_a_headline() -> None:
+    sizes = [CLEAR, replace(CLEAR, num_train=20), replace(CLEAR, num_train="all", difference=0.001, p_holm=0.9)]
+    summaries = [summary(arm, 0.7, size) for arm in "sm" for size in (5, 20, "all")]
+    (found,) = decide([SCRATCH, MAE], summaries, sizes, [], 3)
+    assert found.outcome == "helped"
+    assert found.headline == (
+        "Pretraining helped with 5 and 20 training cases (+0.060, +0.060 Dice); made no difference that this "
+        "evaluation can show with all training cases (+0.001 Dice)."
+    )
+
+
+def test_an_arm_without_pretraining_is_called_by_its_name() -> None:
+    plain = replace(MAE, pretrained=False, role="plain", label="nnUNetPlans")
+    (found,) = decide([SCRATCH, plain], [summary("s", 0.7), summary("m", 0.8)], [CLEAR], [], 3)
+    assert found.headline == "nnUNetPlans helped with 5 training cases (+0.060 Dice)."
+
+
+def test_one_seed_speaks_about_the_networks_only() -> None:
+    text = certainty([CLEAR], 1)
+    assert "One seed" in text
+    assert "differences under about 0.04 should not be believed" in text
+
+
+def test_three_seeds_say_what_they_cannot_decide() -> None:
+    text = certainty([CLEAR, replace(CLEAR, num_train="all", undecidable_below=0.011)], 3)
+    assert "Dice differences under 0.040 with 5 training cases, 0.011 with all training cases" in text
+    assert "a sign test over 3 seeds cannot give a p under 0.25" in text
+    assert "so few seeds" in text
+    assert "so few seeds" not in certainty([CLEAR], 6)
