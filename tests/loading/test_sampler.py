@@ -46,6 +46,15 @@ def test_rule_is_met_wherever_it_can_be(seed: int, density: float, wanted: float
     assert crop.foreground >= (wanted if best >= wanted else 0.9 * best) - 1e-8
 
 
+def test_best_place_may_lie_between_the_cells() -> None:
+    """Half, all and nothing of three cells in a row: the best crop ends with the second and begins within the first."""
+    grid = np.array([[[True, True, False], [False, True, False]]])
+    for seed in range(40):
+        crop = choose_crop((4, 8, 12), (4, 8, 6), grid, (4, 4, 4), 0.83, generator(seed))
+        assert crop.lower == (0, 0, 2)
+        assert crop.foreground == pytest.approx(5 / 6)
+
+
 def test_small_lesion_is_found_from_many_places() -> None:
     foreground = np.zeros((64, 64, 64), bool)
     foreground[40:48, 8:16, 52:60] = True
