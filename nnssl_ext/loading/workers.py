@@ -154,7 +154,7 @@ def _ask(
 def _receive(worker: _Worker, request: BatchRequest) -> Batch:
     try:
         answer = worker.connection.recv()
-    except (EOFError, ConnectionError) as error:
+    except (EOFError, ConnectionError, FileNotFoundError) as error:  # the last: its sockets went with it
         raise _death(worker, request) from error
     if isinstance(answer, _Failure):
         raise ValueError(answer.message)

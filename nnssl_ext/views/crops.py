@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.core.random import SampleRandom
-from nnssl_ext.views.spatial import SpatialConfig, SpatialView, apply_transform, draw_transform, place_view, valid_box
+from nnssl_ext.views.spatial import SpatialConfig, draw_transform
+from nnssl_ext.views.transform import SpatialView, apply_transform, place_view, valid_box
 
 UNMOVED = SpatialConfig(flip=0, rotation=0, scaling=0, elastic=0)
 """Nothing happens."""

@@ -47,7 +47,9 @@ def block_mask(
     grid = [-(-size // edge) for size, edge in zip(shape, block, strict=True)]
     order = torch.from_numpy(random.permutation("blocks", _product(grid))).to(device)
     counts = _block_voxels(shape, block, valid, device).expand(len(order), -1).gather(1, order)
-    hidden_before = torch.nn.functional.pad(counts.cumsum(1), (1, 0))  # voxels hidden by the first 0, 1, ... n blocks
+    hidden_before = torch.nn.functional.pad(
+        counts.cumsum(1), (1, 0)
+    ).double()  # voxels hidden by the first 0, 1, ... n blocks
     num_hidden = (hidden_before - ratio * hidden_before[:, -1:]).abs().argmin(1, keepdim=True)
     rank = torch.arange(order.shape[1], device=device).expand_as(order)
     chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, rank < num_hidden)

@@ -7,16 +7,8 @@ import torch
 from scipy.ndimage import affine_transform, map_coordinates
 
 from nnssl_ext.core.random import SampleRandom
-from nnssl_ext.views.spatial import (
-    SpatialConfig,
-    SpatialTransform,
-    _spline_weights,
-    apply_transform,
-    draw_transform,
-    place_view,
-    spatial_view,
-    valid_box,
-)
+from nnssl_ext.views.spatial import SpatialConfig, _spline_weights, draw_transform, spatial_view
+from nnssl_ext.views.transform import SpatialTransform, apply_transform, place_view, valid_box
 
 BATCH = 5
 RANDOM = SampleRandom(1, 2, tuple(range(BATCH)))
@@ -264,6 +256,15 @@ def test_a_single_slice_does_not_shrink_a_view_to_a_point() -> None:
     valid[:, :, 3] = True
     transform = place_view(valid, torch.eye(3).unsqueeze(0), None, (8, 16, 16), inside=True)
     assert torch.equal(transform.matrix[0], 0.25 * torch.eye(3))
+
+
+def test_a_view_larger_than_its_crop_is_invalid_beyond_it() -> None:
+    data, valid = crops((6, 9))
+    view = spatial_view(data, valid, spacing(2), RANDOM, UNMOVED, (8, 9))
+    torch.testing.assert_close(view.data[:, :, 1:7], data, atol=1e-4, rtol=0)
+    assert view.valid[:, :, 1:7].all()
+    assert not view.valid[:, :, 0].any()
+    assert not view.valid[:, :, 7].any()
 
 
 def test_views_of_size_one_on_an_axis() -> None:

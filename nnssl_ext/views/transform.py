@@ -1,0 +1,157 @@
+"""The one resampling of a view: where its voxels look in the input, which it is kept inside of, and what is valid.
+
+A view is an affine map about its centre, composed with a smooth displacement. A voxel of the view is valid only when
+everything that was interpolated for it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_TINY = 1e-6
+_MOST_SHRUNK = 0.25
+"""No view is shrunk further to lie inside: of a volume of a few slices hardly a point would be left."""
+_MIN_WEIGHT = 1 - 1e-3
+"""Interpolation weight on real voxels from which a view's voxel is valid: 1 but for rounding of coordinates."""
+
+
+@dataclass(frozen=True)
+class SpatialTransform:
+    """Where a view's voxels look in its input: `centre + matrix @ (voxel - middle of the view + displacement)`."""
+
+    size: tuple[int, ...]
+    """Voxels of the view per axis."""
+    matrix: Tensor
+    """(B, D, D): input voxels per voxel of the view."""
+    centre: Tensor
+    """(B, D): input voxel, with fractions, that the middle of the view looks at."""
+    displacement: Tensor | None = None
+    """(B, D, *size), in voxels of the view; None is no deformation."""
+    unmoved: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Rows of the batch that are cut and flipped along these axes, and otherwise as they are: copied, not
+    interpolated."""
+
+    def of(self, rows: Sequence[int]) -> SpatialTransform:
+        """The transform of some rows of the batch, all to be interpolated."""
+        displacement = None if self.displacement is None else self.displacement[rows]
+        return SpatialTransform(self.size, self.matrix[rows], self.centre[rows], displacement)
+
+    def coordinates(self) -> Tensor:
+        """Input voxel coordinates of every voxel of the view: (B, D, *size)."""
+        dims = len(self.size)
+        total = columns(self.centre, dims)
+        for axis, edge in enumerate(self.size):
+            offset = (torch.arange(edge, device=total.device) - (edge - 1) / 2).view(-1, *[1] * (dims - 1 - axis))
+            if self.displacement is not None:
+                offset = offset + self.displacement[:, axis : axis + 1]
+            total = total + columns(self.matrix[:, :, axis], dims) * offset
+        return total
+
+
+@dataclass(frozen=True)
+class SpatialView:
+    """A view of a batch."""
+
+    data: Tensor
+    """(B, C, *size), 0 where invalid."""
+    valid: Tensor
+    """(B, 1, *size), bool: whether all that was interpolated is real."""
+    transform: SpatialTransform
+    """Where it was taken."""
+
+
+def place_view(
+    valid: Tensor,
+    matrix: Tensor,
+    displacement: Tensor | None,
+    size: Sequence[int],
+    inside: bool = False,
+    place: Tensor | None = None,
+) -> SpatialTransform:
+    """Gives a view a centre such that it looks at real voxels, as far as it fits between them.
+
+    Args:
+        valid: (B, 1, *crop), bool.
+        matrix: (B, D, D), crop voxels per voxel of the view.
+        displacement: (B, D, *size), in voxels of the view, or None.
+        size: Voxels of the view per axis.
+        inside: Whether to shrink the view until it fits.
+        place: (B, D), from 0 (at the first real voxels) to 1 (at the last ones); None: at the middle of the crop, moved
+            by what it takes.
+    """
+    lower, upper = valid_box(valid)
+    half = _half_extent(matrix, displacement, size)
+    if inside:
+        shrink = ((upper - lower) / 2 / half.clamp(min=_TINY)).amin(1, keepdim=True).clamp(_MOST_SHRUNK, 1)
+        matrix, half = matrix * shrink.unsqueeze(2), half * shrink
+    first, last = lower + half, upper - half
+    if place is None:
+        middle = [(full - edge) // 2 + (edge - 1) / 2 for full, edge in zip(valid.shape[2:], size, strict=True)]
+        centre = torch.tensor(middle, device=valid.device)
+        centre = centre.clamp(torch.minimum(first, last), torch.maximum(first, last))
+    else:
+        centre = torch.lerp(first, last, place)
+    return SpatialTransform(tuple(size), matrix, centre, displacement)
+
+
+def apply_transform(data: Tensor, valid: Tensor, transform: SpatialTransform) -> SpatialView:
+    """Resamples data (linearly) and validity (strictly) in one pass."""
+    together = torch.cat([data, valid.to(data.dtype)], dim=1)
+    moved = [row for row in range(len(data)) if row not in transform.unmoved]
+    if len(moved) == len(data):
+        sampled = _interpolate(together, transform)
+    else:
+        sampled = together.new_empty(*together.shape[:2], *transform.size)
+        for row, flipped in transform.unmoved.items():
+            sampled[row] = _cut(together[row], transform, row).flip([axis + 1 for axis in flipped])
+        if moved:
+            sampled[moved] = _interpolate(together[moved], transform.of(moved))
+    inside = sampled[:, -1:] > _MIN_WEIGHT
+    return SpatialView(sampled[:, :-1].masked_fill(~inside, 0), inside, transform)
+
+
+def _interpolate(data: Tensor, transform: SpatialTransform) -> Tensor:
+    crop = torch.tensor(data.shape[2:], device=data.device)  # grid_sample counts from -1 to 1 across the crop's edges
+    matrix, centre = transform.matrix * 2 / crop.unsqueeze(1), (2 * transform.centre + 1) / crop - 1
+    grid = replace(transform, matrix=matrix.flip(1), centre=centre.flip(1)).coordinates().movedim(1, -1)
+    return F.grid_sample(data, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _cut(sample: Tensor, transform: SpatialTransform, row: int) -> Tensor:
+    """The voxels (C, *size) of a sample (C, *crop) that an unmoved view looks at."""
+    for axis, edge in enumerate(transform.size):
+        if edge != sample.shape[axis + 1]:
+            start = (transform.centre[row, axis] - (edge - 1) / 2).round().long()
+            sample = sample.index_select(axis + 1, start + torch.arange(edge, device=sample.device))
+    return sample
+
+
+def columns(values: Tensor, dims: int) -> Tensor:
+    """Values (B, D) as (B, D, 1, ...), to meet tensors of `dims` spatial dimensions."""
+    return values.view(*values.shape, *[1] * dims)
+
+
+def valid_box(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last valid voxel per axis, each (B, D) float; the whole crop where nothing is valid."""
+    lower: list[Tensor] = []
+    upper: list[Tensor] = []
+    rest = valid.float()
+    for axis in range(valid.dim() - 1, 1, -1):
+        profile = rest.flatten(1, axis - 1).amax(1)
+        lower.insert(0, profile.argmax(1))
+        upper.insert(0, profile.shape[1] - 1 - profile.flip(1).argmax(1))
+        rest = rest.amax(axis)
+    return torch.stack(lower, 1).float(), torch.stack(upper, 1).float()
+
+
+def _half_extent(matrix: Tensor, displacement: Tensor | None, size: Sequence[int]) -> Tensor:
+    """Half the edges (B, D), in input voxels, of the box around all that a view looks at."""
+    half = torch.tensor([(edge - 1) / 2 for edge in size], device=matrix.device).expand(len(matrix), -1)
+    if displacement is not None:
+        half = half + displacement.abs().flatten(2).amax(2)
+    return (matrix.abs() * half.unsqueeze(1)).sum(2)
