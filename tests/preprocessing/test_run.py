@@ -1,13 +1,11 @@
 """Whole datasets: equal to nnU-Net on disk, resumable after anything, and honest about what failed."""
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -222,28 +220,6 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(
     assert store.entries == reference.entries
     assert sum(times(folder)[name] == changed for name, changed in written.items()) >= len(written) - 1
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in reference.folder.iterdir())
-
-
-def test_a_killed_worker_costs_no_case(make_dataset: MakeDataset, make_plan: MakePlan, tmp_path: Path) -> None:
-    manifest, plan, folder = make_dataset(6, shape=(16, 60, 60)), make_plan((0.7, 0.7, 0.7)), tmp_path / "store"
-    reference = run(manifest, plan, tmp_path / "reference")
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        while not any(folder.glob("case_*.b2nd")):
-            time.sleep(0.002)
-        victim = multiprocessing.active_children()[0]
-        killed.append(victim.pid or 0)
-        os.kill(killed[0], signal.SIGKILL)
-
-    assassin = threading.Thread(target=kill_one)
-    assassin.start()
-    store = run(manifest, plan, folder, num_processes=2)
-    assassin.join()
-    assert killed
-    assert store.entries == reference.entries
-    for case_id in store.entries:
-        store.verify(case_id)
 
 
 def test_a_second_run_is_refused_and_touches_nothing(
