@@ -26,9 +26,11 @@ class FinetuningConfig:
     pretrained_weights: str | None = None
     """Name of the weights file beside the plans file, or None: train from scratch."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Optimiser: `sgd` for CNNs (Nesterov momentum .99), `adamw` for transformers."""
+    """Optimiser: `sgd` (with Nesterov momentum) for CNNs, `adamw` for transformers."""
     lr: float = 1e-2
     """Peak learning rate. Usual: SGD 1e-2 from scratch, 1e-3 pretrained; AdamW 3e-4 from scratch, 1e-4 pretrained."""
+    momentum: float = 0.99
+    """Momentum of SGD, in [0, 1). nnU-Net's value looks back a hundred steps, too far for runs of some hundred."""
     weight_decay: float = 3e-5
     """Weight decay, 0 or more; 5e-2 is usual for AdamW."""
     gradient_clip: float = 12.0
@@ -97,7 +99,12 @@ class FinetuningConfig:
     def optim(self) -> OptimConfig:
         """The optimiser's record."""
         return OptimConfig(
-            name=self.optimizer, lr=self.lr, weight_decay=self.weight_decay, clip=self.gradient_clip, betas=(0.9, 0.98)
+            name=self.optimizer,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            nesterov=self.momentum > 0,
+            clip=self.gradient_clip,
         )
 
     @property

@@ -48,6 +48,7 @@ def test_the_record_survives_json() -> None:
         ({"layer_decay": 1.5}, r"layer_decay=1.5 must lie in \(0, 1\]"),
         ({"frozen_encoder_epochs": -1.0}, "frozen_encoder_epochs=-1.0"),
         ({"lr": 0.0}, "lr=0.0"),
+        ({"momentum": 1.0}, "momentum=1.0"),
         ({"schedule": "warmup", "num_epochs": 3, "warmup_epochs": 3.0}, "spends 750 of 750 steps"),
     ],
 )
