@@ -29,6 +29,9 @@ def add_arguments(target: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--dtype", choices=("float16", "float32"), default="float16", help="number type on disk (default: float16)"
     )
+    target.add_argument(
+        "-device", default="cpu", help="where images are resampled: cpu, or cuda on every worker (default: cpu)"
+    )
 
 
 @command
@@ -68,6 +71,7 @@ def run(dataset: str, plans_name: str, arguments: argparse.Namespace) -> None:
             skip_failed=arguments.skip_failed,
             overwrite=arguments.overwrite,
             dtype=arguments.dtype,
+            device=arguments.device,
         )
     for store in stores:
         size = sum(entry.num_bytes for entry in store.entries.values())

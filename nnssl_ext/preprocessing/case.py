@@ -31,7 +31,11 @@ class PreprocessedArray:
 
 
 def preprocess_array(
-    data: npt.NDArray[np.floating], spacing: Sequence[float], plan: Plan, configuration: Configuration
+    data: npt.NDArray[np.floating],
+    spacing: Sequence[float],
+    plan: Plan,
+    configuration: Configuration,
+    device: str = "cpu",
 ) -> PreprocessedArray:
     """Transposes, crops to non-zero, normalises and resamples an image as nnU-Net's `DefaultPreprocessor` does.
 
@@ -40,6 +44,7 @@ def preprocess_array(
         spacing: In mm, (Z, Y, X).
         plan: Gives the foreground statistics of the dataset.
         configuration: Gives axes, spacing, normalisation and resampling.
+        device: Where images are resampled; see `resample`.
 
     Raises:
         ValueError: If the image is zero everywhere, has a voxel that is not finite, or does not fit the plan.
@@ -66,6 +71,7 @@ def preprocess_array(
         old_spacing,
         target,
         configuration.resampling_fn_data,
+        device=device,
         **configuration.resampling_fn_data_kwargs,
     )
     properties = {

@@ -174,6 +174,7 @@ def resample(
     new_spacing: Sequence[float],
     function: str = SPLINE_FUNCTION,
     *,
+    device: str = "cpu",
     is_seg: bool = False,
     order: int = 3,
     order_z: int = 0,
@@ -188,6 +189,7 @@ def resample(
         spacing: In mm, (Z, Y, X), before.
         new_spacing: In mm, (Z, Y, X), after.
         function: `resample_data_or_seg_to_shape`, or `no_resampling_hack` which returns the data.
+        device: `cpu`, or a torch device that multiplies the matrices; equal within 1e-4.
         is_seg: Must be False: these are images.
         order: Of the in-plane or whole spline: 0, 1 or 3.
         order_z: Order along an axis that is kept separate.
@@ -205,7 +207,12 @@ def resample(
         return data
     result = np.empty((len(data), *shape), dtype=np.float32)
     for channel, target in zip(data, result, strict=True):
-        target[...] = resize(channel, shape, order, axis, order_z)
+        if device == "cpu":
+            target[...] = resize(channel, shape, order, axis, order_z)
+        else:
+            from nnssl_ext.preprocessing.resample_torch import resize_on_device
+
+            target[...] = resize_on_device(channel, shape, order, axis, order_z, device)
     return result
 
 

@@ -37,6 +37,7 @@ from nnssl_ext.preprocessing.layout import StorageType
 from nnssl_ext.preprocessing.lock import sole_writer
 from nnssl_ext.preprocessing.normalize import CT_SCHEME, check_normalization
 from nnssl_ext.preprocessing.resample import check_resampling
+from nnssl_ext.preprocessing.resample_torch import check_device
 from nnssl_ext.preprocessing.store import SUFFIX, Store, write_case
 
 logger = logging.getLogger(__name__)
@@ -45,20 +46,22 @@ MAX_LISTED = 20
 
 
 def preprocess_case(
-    case: Case, plan: Plan, configuration: Configuration, folder: Path, dtype: StorageType
+    case: Case, plan: Plan, configuration: Configuration, folder: Path, dtype: StorageType, device: str = "cpu"
 ) -> IndexEntry:
     """Reads, preprocesses and stores one case; what a worker does.
 
     Raises:
-        ValueError: If the case cannot be preprocessed; the message names its files.
+        ValueError: If the case cannot be preprocessed (the message names its files), or there is no such device.
         FileNotFoundError: If a file is missing.
         StorageFullError: If the disk is full.
     """
+    if device != "cpu":
+        check_device(device)
     source = source_stamp(case)
     image, geometry = read_image(case.images)
     hashes = [content_hash(channel) for channel in image]
     try:
-        result = preprocess_array(image, geometry.spacing, plan, configuration)
+        result = preprocess_array(image, geometry.spacing, plan, configuration, device)
         del image  # the raw and the finished volume are not needed together
         return write_case(
             folder,
@@ -118,6 +121,7 @@ def preprocess_dataset(
     *,
     overwrite: bool = False,
     dtype: StorageType = "float16",
+    device: str = "cpu",
     excluded: Mapping[str, str] | None = None,
 ) -> Store:
     """Preprocesses every case that is not yet there and writes the index.
@@ -131,6 +135,7 @@ def preprocess_dataset(
         skip_failed: Finish with the cases that could be preprocessed; the others are named in the index.
         overwrite: Delete what is in the folder first.
         dtype: Type on disk.
+        device: Where images are resampled: `cpu`, or a torch device that every worker has.
         excluded: Cases known to be unusable, and why; they count as failed without being read.
 
     Returns:
@@ -149,7 +154,8 @@ def preprocess_dataset(
     with _full_disk_explained(folder), sole_writer(folder):
         _clear(folder, everything=overwrite)
         done = _finished(folder, settings, cases)
-        todo = {case.case_id: (case, plan, configuration, folder, dtype) for case in cases if case.case_id not in done}
+        arguments = (plan, configuration, folder, dtype, device)
+        todo = {case.case_id: (case, *arguments) for case in cases if case.case_id not in done}
         logger.info("%s: %d cases are there, %d to preprocess", folder.name, len(done), len(todo))
         failed |= _run(folder, settings, done, todo, executor)
         _judge(failed, len(done), skip_failed)
@@ -260,6 +266,7 @@ def preprocess_configurations(
     skip_failed: bool = False,
     overwrite: bool = False,
     dtype: StorageType = "float16",
+    device: str = "cpu",
 ) -> list[Store]:
     """Preprocesses configurations of a planned dataset into `$nnssl_preprocessed/DATASET/<data_identifier>`.
 
@@ -271,6 +278,7 @@ def preprocess_configurations(
         skip_failed: See `preprocess_dataset`.
         overwrite: See `preprocess_dataset`.
         dtype: See `preprocess_dataset`.
+        device: See `preprocess_dataset`.
 
     Raises:
         FileNotFoundError: If dataset or plans are missing.
@@ -289,6 +297,7 @@ def preprocess_configurations(
             "skip_failed": skip_failed,
             "overwrite": overwrite,
             "dtype": dtype,
+            "device": device,
             "excluded": excluded,
         }
         stores.append(preprocess_dataset(manifest, plan, configuration, folder, executor, **options))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from nnunetv2.preprocessing.resampling.default_resampling import (
     compute_new_shape,
     determine_do_sep_z_and_axis,
@@ -19,8 +20,10 @@ from nnssl_ext.preprocessing.resample import (
     resize_nearest,
     separate_axis,
 )
+from nnssl_ext.preprocessing.resample_torch import check_device, resize_on_device
 
 SHAPE = (21, 30, 17)
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DEFAULTS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
 
@@ -135,3 +138,28 @@ def test_what_cannot_be_resampled_is_refused(function: str, settings: dict[str, 
 def test_no_resampling_returns_the_data(volume: np.ndarray) -> None:
     data = volume[None]
     assert resample(data, SHAPE, (1, 1, 1), (2, 2, 2), "no_resampling_hack") is data
+
+
+@pytest.mark.parametrize(
+    ("order", "axis", "order_z"), [(0, None, 0), (1, None, 0), (3, None, 0), (3, 0, 0), (3, 1, 1), (1, 2, 3)]
+)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
+def test_a_torch_device_gives_the_same_numbers(
+    volume: np.ndarray, order: int, axis: int | None, order_z: int, device: str
+) -> None:
+    for shape in ((11, 41, 17), (42, 31, 8)):
+        ours = resize_on_device(volume, shape, order, axis, order_z, device)
+        np.testing.assert_allclose(ours, resize(volume, shape, order, axis, order_z), atol=1e-4)
+
+
+def test_resampling_goes_to_the_device_that_is_asked_for(volume: np.ndarray) -> None:
+    data, shape = np.stack([volume, -volume]), (20, 33, 19)
+    expected = resample(data, shape, (1, 1, 1), (1, 1, 1))
+    found = resample(data, shape, (1, 1, 1), (1, 1, 1), device="cpu:0")
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    check_device("cpu")
+    with pytest.raises(ValueError, match=r"device 'warp' cannot be used here .* -device cpu"):
+        check_device("warp")

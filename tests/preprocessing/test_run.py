@@ -222,6 +222,17 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in reference.folder.iterdir())
 
 
+def test_a_device_makes_the_same_store_or_is_refused(
+    make_dataset: MakeDataset, make_plan: MakePlan, tmp_path: Path
+) -> None:
+    manifest, plan = make_dataset(1), make_plan((0.7, 0.7, 0.7))
+    first, second = run(manifest, plan, tmp_path / "a"), run(manifest, plan, tmp_path / "b", device="cpu:0")
+    whole = ("case_0", (0, 0, 0), first.entries["case_0"].shape[1:])
+    np.testing.assert_allclose(second.read_crop(*whole), first.read_crop(*whole), atol=2e-3)
+    with pytest.raises(ValueError, match="device 'warp' cannot be used here"):
+        run(manifest, plan, tmp_path / "c", device="warp")
+
+
 def test_a_second_run_is_refused_and_touches_nothing(
     make_dataset: MakeDataset, make_plan: MakePlan, tmp_path: Path
 ) -> None:
