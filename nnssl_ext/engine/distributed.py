@@ -19,6 +19,9 @@ from torch import distributed
 TIMEOUT = timedelta(minutes=30)
 """Longest wait for another rank: validation pictures and checkpoints are written by rank 0 while the others wait."""
 
+SHUTDOWN_SECONDS = 300
+"""What torchrun gives a process to finish its step and write a checkpoint before it kills it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -96,7 +99,8 @@ def torchrun(num_processes: int, arguments: Sequence[str]) -> tuple[int, bool]:
         torchrun's exit status, and whether it was asked to stop.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    child = subprocess.Popen([*command, "-m", "nnssl_ext.cli.train", *arguments])
+    environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
+    child = subprocess.Popen([*command, "-m", "nnssl_ext.cli.train", *arguments], env=environment)
 
     stopped = False
 

@@ -163,4 +163,4 @@ def _tidy(axis: Axes) -> None:
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines["top"].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+        axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -18,7 +18,7 @@ from nnssl_ext.engine.checkpoint import load_checkpoint
 
 PROJECT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "nnssl_ext.cli.train")
-DEADLINE = 120.0
+DEADLINE = 300.0
 SETTINGS = ["--set", "block_size=4", "num_epochs=12", "steps_per_epoch=3", "val_steps_per_epoch=2", "val_fraction=0.3"]
 
 
@@ -32,9 +32,11 @@ def folder(tag: str) -> Path:
 
 
 def train(*args: str) -> int:
-    with pytest.raises(SystemExit) as status:
+    try:
         main(list(args))
-    return int(status.value.code or 0)
+    except SystemExit as status:
+        return int(status.code or 0)
+    return 0
 
 
 def start(args: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -83,7 +85,7 @@ def test_two_processes_equal_one_with_twice_the_batch():
     for one, two in zip(records("one"), records("two"), strict=True):
         assert set(one) == set(two)
         for name in ("train_loss", "val_loss", "train_gradient_norm", "effective_rank", "token_spread"):
-            assert two[name] == pytest.approx(one[name], rel=2e-3), name
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
 @pytest.mark.usefixtures("preprocessed")
