@@ -15,6 +15,8 @@ from nnssl_ext.cli.common import USER_ERROR, command
 
 PRETRAIN_ID, LABELLED_ID = 1, 2
 EPOCH_STEPS = 50
+OPTIMIZER = "optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16"
+"""Both arms' recipe: nnU-Net's SGD needs thousands of steps before it leaves the background."""
 MIN_SCRATCH_DICE = 0.3
 """Below this the scratch arm learned nothing, and comparing with it says nothing."""
 
@@ -81,7 +83,9 @@ def _commands(args: argparse.Namespace, source: Path, folder: Path) -> list[tupl
     checkpoint = folder / f"results/Dataset{PRETRAIN_ID:03d}_DemoUnlabelled" / run / "fold_all/checkpoint_final.pth"
     workers = f"-np {args.num_processes}"
     finetune = _words("nnssl_plan_finetuning", f"-d {LABELLED_ID} -pc", checkpoint, workers)
-    steps = f"num_epochs={args.finetune_epochs} iterations_per_epoch={EPOCH_STEPS} val_iterations_per_epoch=4"
+    recipe = (
+        f"num_epochs={args.finetune_epochs} iterations_per_epoch={EPOCH_STEPS} val_iterations_per_epoch=4 {OPTIMIZER}"
+    )
     return [
         (
             "convert: some cases become a dataset without labels",
@@ -104,9 +108,9 @@ def _commands(args: argparse.Namespace, source: Path, folder: Path) -> list[tupl
         ),
         (
             "plan fine-tuning from the checkpoint",
-            [*finetune, *_words(f"-n mae -transfer encoder_decoder --set {steps} lr=0.01 schedule=warmup")],
+            [*finetune, *_words(f"-n mae -transfer encoder_decoder --set {recipe}")],
         ),
-        ("plan the baseline from scratch", [*finetune, *_words(f"-n scratch --from_scratch --set {steps}")]),
+        ("plan the baseline from scratch", [*finetune, *_words(f"-n scratch --from_scratch --set {recipe}")]),
         (
             "fine-tune both arms on every fold, score and report",
             _words(

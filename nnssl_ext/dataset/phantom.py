@@ -44,9 +44,9 @@ def phantom(index: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     z, y, x = warped = grid + _WARP * _smooth_field(rng, 3, grid)
     body = _ellipsoid(rng, warped, (0, 0, 0), (0.9, 0.85, 0.85))
     structures = {
-        "nucleus": _ellipsoid(rng, warped, (0, -0.15, -0.4), (0.5, 0.3, 0.26)),
-        "ventricle": _ellipsoid(rng, warped, (0.1, -0.2, 0.35), (0.45, 0.34, 0.22)),
-        "rod": ((y - 0.42 - 0.15 * np.cos(3 * x)) ** 2 + (0.7 * z) ** 2 < 0.17**2) & (np.abs(x) < 0.6),
+        "nucleus": _ellipsoid(rng, warped, (0, -0.15, -0.4), (0.62, 0.42, 0.34)),
+        "ventricle": _ellipsoid(rng, warped, (0.05, -0.2, 0.38), (0.58, 0.42, 0.3)),
+        "rod": ((y - 0.42 - 0.12 * np.cos(3 * x)) ** 2 + (0.4 * z) ** 2 < 0.2**2) & (np.abs(x) < 0.62),
     }
     image = np.where(body, _INTENSITY["body"], 0.0)
     for _ in range(_NUM_DISTRACTORS):  # a structure's intensity where no structure is
