@@ -21,6 +21,7 @@ SPACING = (2.0, 1.0, 1.0)
 LABELS = {0: "background", 1: "nucleus", 2: "ventricle", 3: "rod"}
 _INTENSITY = {"body": 300.0, "nucleus": 430.0, "ventricle": 150.0, "rod": 380.0}
 _NUM_DISTRACTORS = 4
+_DISTRACTOR_RADII = (0.2, 0.14, 0.14)
 _NOISE = 25.0
 _BIAS = 0.25
 _WARP = 0.06
@@ -49,9 +50,8 @@ def phantom(index: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         "rod": ((y - 0.42 - 0.12 * np.cos(3 * x)) ** 2 + (0.4 * z) ** 2 < 0.2**2) & (np.abs(x) < 0.62),
     }
     image = np.where(body, _INTENSITY["body"], 0.0)
-    for _ in range(_NUM_DISTRACTORS):  # a structure's intensity where no structure is
-        name = str(rng.choice(list(structures)))
-        image[body & _ellipsoid(rng, warped, rng.uniform(-0.6, 0.6, 3), (0.12, 0.1, 0.1))] = _INTENSITY[name]
+    for name in list(structures) * _NUM_DISTRACTORS:  # a structure's intensity where no structure is
+        image[body & _ellipsoid(rng, warped, rng.uniform(-0.6, 0.6, 3), _DISTRACTOR_RADII)] = _INTENSITY[name]
     labels = np.zeros(shape, np.uint8)
     for value, name in list(LABELS.items())[1:]:
         inside = structures[name] & body

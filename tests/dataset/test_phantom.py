@@ -21,14 +21,18 @@ def test_every_case_shows_every_structure_large_enough_to_learn():
         assert sizes[1:].min() > 900
 
 
-def test_no_threshold_segments_it():
-    image, labels = phantom(0)
-    for value in (1, 2, 3):
-        inside = image[labels == value]
-        low, high = np.percentile(inside, [5, 95])
-        band = (image >= low) & (image <= high)
-        dice = 2 * (band & (labels == value)).sum() / (band.sum() + inside.size)
-        assert dice < 0.75
+def band_dice(index: int, value: int) -> float:
+    """Dice of a structure's own band of intensities as its segmentation."""
+    image, labels = phantom(index)
+    inside = image[labels == value]
+    low, high = np.percentile(inside, [5, 95])
+    band = (image >= low) & (image <= high)
+    return 2 * (band & (labels == value)).sum() / (band.sum() + inside.size)
+
+
+@pytest.mark.parametrize("value", [1, 2, 3])
+def test_no_threshold_segments_it(value):
+    assert np.mean([band_dice(index, value) for index in range(8)]) < 0.7
 
 
 def test_the_dataset_has_the_decathlons_layout(tmp_path):
