@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ EPILOG = f"""examples:
 SIGTERM and SIGUSR1 write a checkpoint after the step in hand and end the command with exit status {STOPPED}: the same
 command with --c goes on. Status 0: the run is finished. 2: something must be changed first; the message says what.
 """
+TAG_PATTERN = r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*"
 DEFAULT_GPU_WORKERS = 4
 KIBIBYTE = 2**10
 GIBIBYTE = 2**30
@@ -110,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.dataset is None or args.configuration is None:
         parse.error("give a dataset and a configuration, such as: nnssl_train 1 3d_fullres -tr MAETrainer")
     else:
-        raise SystemExit(_train(args, arguments))
+        status = _train(args, arguments)
+        if status:
+            raise SystemExit(status)
 
 
 def _list_trainers() -> None:
@@ -145,11 +149,13 @@ def _train(args: argparse.Namespace, arguments: list[str]) -> int:
     from nnssl_ext.engine.distributed import current_world
     from nnssl_ext.engine.loop import Outcome, pretrain
 
+    if args.num_gpus < 1:
+        raise ValueError(f"num_gpus={args.num_gpus} must be 1 or more.")
     world = current_world()
-    if args.num_gpus > 1 and world.size == 1:
-        return _start_processes(args, arguments)
     if world.main:
         configure_logging()
+    if args.num_gpus > 1 and world.size == 1:
+        return _start_processes(args, arguments)
     device = resolve_device(_device(args), world)
     spec = replace(_spec(args), memory_gb=free_memory(str(device)))
     return STOPPED if pretrain(spec) is Outcome.STOPPED else 0
@@ -164,6 +170,8 @@ def _start_processes(args: argparse.Namespace, arguments: list[str]) -> int:
     from nnssl_ext.engine.loop import prepare
 
     prepared = prepare(_spec(args), World(size=args.num_gpus, local_rank=args.num_gpus - 1))
+    if prepared.finished:
+        return 0
     status, stopped = torchrun(args.num_gpus, arguments)
     return STOPPED if stopped and prepared.folder.latest.exists() else status
 
@@ -171,12 +179,12 @@ def _start_processes(args: argparse.Namespace, arguments: list[str]) -> int:
 def _spec(args: argparse.Namespace) -> RunSpec:
     from dataclasses import replace
 
-    from nnssl_ext.core.paths import find_dataset, preprocessed_root, run_folder
+    from nnssl_ext.core.paths import run_folder
     from nnssl_ext.engine.run import RunSpec
     from nnssl_ext.engine.task import TRAINERS
     from nnssl_ext.planners.plan import Plan
 
-    dataset = find_dataset(args.dataset, preprocessed_root())
+    dataset = _dataset(args.dataset)
     plan = Plan.load(dataset / f"{args.plans}.json")
     configuration = plan.configuration(args.configuration)
     if args.batch_size is not None:
@@ -196,6 +204,16 @@ def _spec(args: argparse.Namespace) -> RunSpec:
     )
 
 
+def _dataset(dataset: str) -> Path:
+    """The preprocessed folder of a dataset."""
+    from nnssl_ext.core.paths import find_dataset, preprocessed_root
+
+    try:
+        return find_dataset(dataset, preprocessed_root())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. Once converted: nnssl_plan_and_preprocess -d {dataset}") from error
+
+
 def _run_trainer_name(args: argparse.Namespace) -> str:
     """The trainer's name in the results folder: with a tag where settings were changed."""
     import hashlib
@@ -203,8 +221,8 @@ def _run_trainer_name(args: argparse.Namespace) -> str:
     tag = args.tag
     if tag is None and args.set:
         tag = hashlib.sha256("\n".join(sorted(args.set)).encode()).hexdigest()[:6]
-    if tag is not None and not tag.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise ValueError(f"tag {tag!r} is not allowed: use letters, digits, '-', '_' and '.'.")
+    if tag is not None and not re.fullmatch(TAG_PATTERN, tag):
+        raise ValueError(f"tag {tag!r} is not allowed: use letters, digits, '-', '.' and single '_' between them.")
     return args.trainer if tag is None else f"{args.trainer}-{tag}"
 
 
