@@ -86,7 +86,8 @@ class Stepper:
         self.task, self.trainer, self.device, self.world, self.seed = task, trainer, device, world, seed
         self.precision = precision
         self.memory_format = _memory_format(task.configuration.dims, channels_last)
-        task.to(memory_format=self.memory_format)
+        for parameter in task.parameters():
+            parameter.data = self._laid_out(parameter.data)
         groups = parameter_groups(task.named_parameters(), trainer.optim, task.lr_scale)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = build_optimizer(groups, trainer.optim)

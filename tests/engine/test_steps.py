@@ -198,6 +198,15 @@ def test_a_compiled_task_computes_the_same(make_stepper, monkeypatch, tiny_plan)
     assert set(task.state_dict()) == set(plain.task.state_dict())
 
 
+def test_channels_last_concerns_images_and_kernels_alone(tiny_plan):
+    task = ToyTrainer().build_task(tiny_plan((4, 4, 4)).configuration("3d_fullres"), 4)
+    task.position = nn.Parameter(torch.zeros(1, 2, 3, 4))
+    device, world = torch.device("cpu"), World()
+    Stepper(task, ToyTrainer(), device=device, world=world, seed=0, precision="fp32", channels_last=True)
+    assert task.encoder.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert task.position.is_contiguous()
+
+
 def test_precision_on_a_cpu():
     cpu = torch.device("cpu")
     assert resolve_precision("auto", cpu) == "fp32"
