@@ -99,7 +99,9 @@ def _summary(arm: str, size: NumTrain, metric: str, name: str, table: ScoreTable
         metric=metric,
         class_name=name,
         mean=float(known.mean()) if len(known) else None,
-        interval=statistics.bootstrap_interval(table.values, generator(BOOTSTRAP_SEED, "mean", metric, name)),
+        interval=statistics.bootstrap_interval(
+            table.values, table.folds, generator(BOOTSTRAP_SEED, "mean", metric, name)
+        ),
         num_cases=len(known),
         num_seeds=len(table.seeds),
         fold_means=_means_of({int(f): _finite(per_case[folds == f]) for f in np.unique(folds)}),
@@ -144,11 +146,20 @@ def _comparisons(scores: Sequence[CaseScores], reference: str, metric: str, name
                 f"{arm} and {reference} were not validated on the same cases with {size} training cases "
                 f"({len(odd)} differ, for example {odd[0]}), so they cannot be paired"
             )
-        rows.append(_comparison(arm, size, metric, name, statistics.paired_differences(table.values, base.values)))
+        rows.append(_comparison(arm, size, metric, name, _paired(table, base)))
     return rows
 
 
-def _comparison(arm: str, size: NumTrain, metric: str, name: str, differences: statistics.Array) -> Comparison:
+def _paired(table: ScoreTable, base: ScoreTable) -> ScoreTable:
+    """Differences per seed and case; averaged over seeds where one side has just one, whose luck is not known."""
+    differences = statistics.paired_differences(table.values, base.values)
+    if 1 in (len(table.seeds), len(base.seeds)):
+        differences = statistics.mean_over_seeds(differences)[None]
+    return replace(table, values=differences)
+
+
+def _comparison(arm: str, size: NumTrain, metric: str, name: str, pairs: ScoreTable) -> Comparison:
+    differences, random = pairs.values, generator(BOOTSTRAP_SEED, "difference", metric, name)
     per_case = _finite(statistics.mean_over_seeds(differences))
     gains = per_case if HIGHER_IS_BETTER[metric] else -per_case
     return Comparison(
@@ -157,13 +168,13 @@ def _comparison(arm: str, size: NumTrain, metric: str, name: str, differences: s
         metric=metric,
         class_name=name,
         difference=float(per_case.mean()) if len(per_case) else None,
-        interval=statistics.bootstrap_interval(differences, generator(BOOTSTRAP_SEED, "difference", metric, name)),
+        interval=statistics.bootstrap_interval(differences, pairs.folds, random),
         p_value=statistics.wilcoxon(per_case),
         p_holm=None,
         num_pairs=len(per_case),
         num_better=int((gains > 0).sum()),
         num_worse=int((gains < 0).sum()),
-        undecidable_below=statistics.undecidable_below(differences),
+        undecidable_below=statistics.undecidable_below(differences, pairs.folds),
     )
 
 

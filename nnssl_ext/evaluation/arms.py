@@ -19,8 +19,8 @@ from nnssl_ext.finetuning.run import DEFAULT_TRAINER
 
 PLAIN_TRAINER = "nnUNetTrainer"
 NAME_PREFIX = "ptPlans__"
-_SAME_IN_ALL_ARMS = ("num_epochs", "iterations_per_epoch", "val_iterations_per_epoch", "validation_mirroring")
-"""Fine-tuning settings that must not differ between arms: they decide the length of training or the prediction."""
+_SAME_IN_ALL_ARMS = ("num_epochs", "iterations_per_epoch", "precision", "validation_mirroring")
+"""Fine-tuning settings that must not differ between arms, since they are no part of a start's recipe."""
 _EXPECTED_TO_DIFFER = ("splits", "seed", "pretrained_weights", "pretraining_content_hashes")
 _NETWORK_KEYS = ("patch_size", "batch_size", "spacing", "architecture")
 """Parts of a configuration that, where they differ, are a second difference beside the pretraining."""

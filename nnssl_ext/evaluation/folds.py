@@ -11,15 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nnssl_ext.core.paths import run_name
 from nnssl_ext.core.random import seed_of
-from nnssl_ext.core.records import read_json, write_json
+from nnssl_ext.core.records import read_json, to_dict, write_json
 from nnssl_ext.dataset.splits import Split, nested_subsets
 from nnssl_ext.evaluation.arms import PlannedArm
 from nnssl_ext.evaluation.records import NumTrain
 from nnssl_ext.evaluation.scoring import is_finished
-from nnssl_ext.finetuning.config import PLANS_KEY
+from nnssl_ext.finetuning.config import PLANS_KEY, read_config
 
 SPLITS_FILE = "splits_final.json"
 PLANS_FILE = "plans.json"
@@ -162,10 +163,11 @@ def variant_name(arm: PlannedArm, size: NumTrain, seed: int) -> str:
     return f"{arm.name}__n{size}__s{seed}"
 
 
-def check_same_settings(run: FoldRun, plans: Mapping[str, object]) -> None:
+def check_same_settings(run: FoldRun, plans: dict[str, Any]) -> None:
     """Refuses results that were made with other settings than the plans have now.
 
-    nnU-Net keeps the plans that a run was started with beside its results.
+    nnU-Net keeps the plans that a run was started with beside its results. A setting that they do not name has its
+    default, so a newer version's additional settings are no difference.
 
     Raises:
         ValueError: If those differ from `plans`.
@@ -174,25 +176,21 @@ def check_same_settings(run: FoldRun, plans: Mapping[str, object]) -> None:
     if not path.is_file():
         return
     used = read_json(path)
-    keys = (PLANS_KEY, "configurations")
-    differing = [key for key in keys if used.get(key) != plans.get(key)]
+    parts = {"configurations": (used.get("configurations", {}), plans["configurations"])}
+    if PLANS_KEY in used or PLANS_KEY in plans:
+        parts[PLANS_KEY] = (to_dict(read_config(used, str(path))), to_dict(read_config(plans, run.plans_name)))
+    differing = [
+        f"{part}.{name}"
+        for part, (first, second) in parts.items()
+        for name in sorted({*first, *second})
+        if first.get(name) != second.get(name)
+    ]
     if differing:
         raise ValueError(
             f"{run.folder.parent} was trained with other settings than {run.plans_name} has now (they differ in "
-            f"{_differences(used, plans, differing)}). Delete that folder to train it again, or plan the arm under "
-            "another name: nnssl_plan_finetuning -n NAME"
+            f"{', '.join(differing)}). Delete that folder to train it again, or plan the arm under another name: "
+            "nnssl_plan_finetuning -n NAME"
         )
-
-
-def _differences(used: Mapping[str, object], now: Mapping[str, object], keys: Sequence[str]) -> str:
-    names = []
-    for key in keys:
-        first, second = used.get(key), now.get(key)
-        if isinstance(first, dict) and isinstance(second, dict):
-            names += [f"{key}.{name}" for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
-        else:
-            names.append(key)
-    return ", ".join(names)
 
 
 def ensure_plain_splits(preprocessed: Path, splits: Sequence[Split], folds: Sequence[int]) -> None:

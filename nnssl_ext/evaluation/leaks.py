@@ -4,27 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nnssl_ext.core.executor import Executor
 from nnssl_ext.core.logs import track
+from nnssl_ext.core.records import read_json, write_json
 from nnssl_ext.dataset.manifest import Manifest
 
 
-def content_hashes(manifest: Manifest, cases: Sequence[str], executor: Executor) -> dict[str, tuple[str, ...]]:
+def content_hashes(
+    manifest: Manifest, cases: Sequence[str], executor: Executor, cache: Path
+) -> dict[str, tuple[str, ...]]:
     """Hashes of the raw voxels of each case, one per channel: the same as preprocessing for pretraining records.
 
     They know an image again under another name, in another folder or in another file format.
 
+    Args:
+        manifest: The dataset.
+        cases: Ids of the cases.
+        executor: Where the images are read.
+        cache: File that keeps the hashes; one is used again while its image files keep size and time.
+
     Raises:
         ValueError: If an image cannot be read.
     """
-    tasks = {case: (manifest.case(case).images,) for case in cases}
-    hashes: dict[str, tuple[str, ...]] = {}
+    stamps = {case: _stamp(manifest.case(case).images) for case in cases}
+    kept: dict[str, dict[str, Any]] = read_json(cache) if cache.is_file() else {}
+    missing = [case for case in cases if kept.get(case, {}).get("files") != stamps[case]]
+    tasks = {case: (manifest.case(case).images,) for case in missing}
     for result in track(executor.run(hash_images, tasks), len(tasks), "looking for leaks"):
         if result.error is not None:
             raise ValueError(f"case {result.key} cannot be read: {result.error}")
-        hashes[result.key] = result.value
-    return hashes
+        kept[result.key] = {"files": stamps[result.key], "hashes": list(result.value)}
+    if missing:
+        write_json(cache, kept)
+    return {case: tuple(kept[case]["hashes"]) for case in cases}
+
+
+def _stamp(files: Sequence[Path]) -> list[list[Any]]:
+    """Path, size and time of each file, as JSON keeps them."""
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def hash_images(files: Sequence[Path]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from nnssl_ext.evaluation.records import NumTrain
 from nnssl_ext.finetuning.environment import nnunet_root
 from nnssl_ext.finetuning.nnunet_plans import derive_plans
 
+HASHES_FILE = "nnssl_content_hashes.json"
 EVALUATIONS_FOLDER = "evaluation"
 BACKGROUND, IGNORE = "background", "ignore"
 
@@ -120,7 +121,9 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
     arms.check_plain(planned, sizes)
     warnings = arms.check_fairness(planned, reference, settings.configuration)
     cases = sorted({case for split in chosen_splits for case in (*split.train, *split.val)})
-    hashes = content_hashes(manifest, cases, executor) if any(arm.pretrained for arm in planned) else {}
+    hashes = {}
+    if any(arm.pretrained for arm in planned):
+        hashes = content_hashes(manifest, cases, executor, preprocessed / HASHES_FILE)
     warnings += arms.refuse_leaks(planned, hashes, chosen_splits)
     runs = folds.plan_runs(
         planned,

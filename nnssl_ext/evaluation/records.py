@@ -120,7 +120,7 @@ class Comparison:
     num_better: int
     num_worse: int
     undecidable_below: float | None
-    """Differences smaller than this are within the luck of the seeds; None with one seed."""
+    """Smaller differences are within the luck of the trainings; None where a single training tells nothing of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,10 @@
-"""Paired statistics over cases and seeds: intervals, tests, correction, and what the number of seeds cannot decide.
+"""Paired statistics over cases and seeds: intervals, tests, correction, and what the trainings cannot decide.
 
-Scores come as arrays (seeds, cases). A case is the unit of pairing: arms are compared on the same case, after averaging
-the case over seeds. Two sources of chance stand behind a difference: which cases were looked at, and which random seeds
-(initialisation, label subset, order of batches) the networks were trained with. A test over cases is conditional on the
-networks that were trained; only the two-level bootstrap, which resamples seeds and cases, speaks about the method.
+Scores come as arrays (seeds, cases). A case is the unit of pairing: arms are compared on the same case, after
+averaging the case over seeds. Two sources of chance stand behind a difference: which cases were looked at, and the luck
+of a training (initialisation, label subset, order of batches). The unit of that luck is one seed in one fold: the
+networks of two folds share nothing, although they share the number of a seed. A test over cases is conditional on the
+networks that were trained; only what resamples or compares seeds speaks about the method.
 """
 
 from __future__ import annotations
@@ -63,46 +64,51 @@ def paired_differences(arm: Array, reference: Array) -> Array:
 
 
 def bootstrap_interval(
-    scores: Array, random: np.random.Generator, num_resamples: int = NUM_RESAMPLES
+    scores: Array, folds: Sequence[int], random: np.random.Generator, num_resamples: int = NUM_RESAMPLES
 ) -> Interval | None:
-    """Two-level percentile bootstrap of the mean: seeds and cases are resampled with replacement, crossed.
+    """Two-level percentile bootstrap of the mean: seeds and cases are resampled with replacement.
 
-    They are crossed, not nested: every seed scores the same cases, so one draw of cases serves all drawn seeds. With
-    one seed only cases are resampled, and the interval is conditional on that seed.
+    Within a fold they are crossed: every seed's network scores the same cases, so a drawn case is averaged over the
+    drawn seeds. Seeds are drawn for each fold by itself, cases over all folds. With one seed only cases are resampled.
 
     Args:
         scores: (seeds, cases), NaN where undefined.
+        folds: Fold in which each case was validated, (cases,).
         random: Source of the draws.
         num_resamples: Number of resamples.
 
     Returns:
         The interval, or None with fewer than two cases.
     """
-    scores = scores[:, np.isfinite(scores).any(axis=0)]
-    seeds, cases = scores.shape
-    if cases < 2:
+    known = np.isfinite(scores).any(axis=0)
+    scores, fold_of = scores[:, known], np.asarray(folds)[known]
+    num_cases = scores.shape[1]
+    if num_cases < 2:
         return None
     means = np.empty(num_resamples)
     for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
         size = min(_RESAMPLES_AT_ONCE, num_resamples - start)
-        case_weights = random.multinomial(cases, np.full(cases, 1 / cases), size).astype(float)
-        seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), size).astype(float)
-        means[start : start + size] = _weighted_means(scores, seed_weights, case_weights)
-    means = means[np.isfinite(means)]
+        weights = random.multinomial(num_cases, np.full(num_cases, 1 / num_cases), size).astype(float)
+        per_case = np.empty((size, num_cases))
+        for fold in np.unique(fold_of):
+            per_case[:, fold_of == fold] = _resampled_seeds(scores[:, fold_of == fold], random, size)
+        weights *= np.isfinite(per_case)
+        totals = (weights * np.nan_to_num(per_case)).sum(axis=1)
+        norm = weights.sum(axis=1)
+        means[start : start + size] = np.divide(totals, norm, out=np.full(size, np.nan), where=norm > 0)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(means[np.isfinite(means)], [tail, 1 - tail])
     return Interval(float(low), float(high))
 
 
-def _weighted_means(scores: Array, seed_weights: Array, case_weights: Array) -> Array:
-    """Mean over cases of the mean over seeds, one per row of weights."""
+def _resampled_seeds(scores: Array, random: np.random.Generator, size: int) -> Array:
+    """Each case's mean over drawn seeds: (seeds, cases) to (size, cases), NaN where none is defined."""
+    num_seeds = scores.shape[0]
+    weights = random.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size).astype(float)
     defined = np.isfinite(scores)
-    totals = seed_weights @ np.where(defined, scores, 0.0)
-    counts = seed_weights @ defined.astype(float)
-    per_case = np.divide(totals, counts, out=np.zeros_like(totals), where=counts > 0)
-    present = case_weights * (counts > 0)
-    norm = present.sum(axis=1)
-    return np.divide((present * per_case).sum(axis=1), norm, out=np.full(len(norm), np.nan), where=norm > 0)
+    totals = weights @ np.where(defined, scores, 0.0)
+    counts = weights @ defined.astype(float)
+    return np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
 
 
 def wilcoxon(differences: Array) -> float | None:
@@ -139,22 +145,32 @@ def sign_test_floor(num_seeds: int) -> float:
     return float(2.0 ** (1 - num_seeds))
 
 
-def undecidable_below(differences: Array) -> float | None:
-    """Size of mean difference under which this number of seeds cannot tell an effect from the luck of the seeds.
+def undecidable_below(differences: Array, folds: Sequence[int]) -> float | None:
+    """Size of mean difference that the luck of the trainings alone could make; a smaller one cannot be decided.
 
-    It is the half width of Student's interval over the seeds' own mean differences.
+    It is the half width of Student's interval of the mean. With several seeds its spread is that of the seeds within a
+    fold, pooled over folds. With one seed all that is known is the spread over folds, which holds the luck of a
+    training and the difficulty of a fold's cases together, so it is rather too large.
 
     Args:
-        differences: (seeds, cases).
+        differences: (seeds, cases), NaN where undefined.
+        folds: Fold in which each case was validated, (cases,).
 
     Returns:
-        The size, in units of the metric, or None with fewer than two seeds (their spread is then unknown).
+        The size, in units of the metric, or None with a single training, whose luck nothing tells.
     """
     from scipy.stats import t
 
-    per_seed = mean_over_seeds(differences.T)
-    per_seed = per_seed[np.isfinite(per_seed)]
-    if len(per_seed) < 2:
+    known = np.isfinite(differences).all(axis=0)
+    fold_of = np.asarray(folds)[known]
+    present = np.unique(fold_of)
+    if len(present) == 0:
         return None
-    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(per_seed) - 1))
-    return quantile * float(per_seed.std(ddof=1)) / float(np.sqrt(len(per_seed)))
+    units = np.stack([differences[:, known][:, fold_of == fold].mean(axis=1) for fold in present], axis=1)
+    num_seeds, num_folds = units.shape
+    freedom = num_folds * (num_seeds - 1) if num_seeds > 1 else num_folds - 1
+    if freedom < 1:
+        return None
+    centre = units.mean(axis=0, keepdims=True) if num_seeds > 1 else units.mean()
+    variance = float(((units - centre) ** 2).sum()) / freedom
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * float(np.sqrt(variance / units.size))

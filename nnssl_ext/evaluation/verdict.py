@@ -1,10 +1,10 @@
 """Did pretraining help, by how much, and how sure is that: numbers turned into sentences by written rules.
 
 An arm *helped* (or *hurt*) at a training set size when three things hold: the two-level bootstrap interval of the mean
-Dice difference excludes zero; the Holm-corrected Wilcoxon test over cases is under `SIGNIFICANCE`; and, with several
-seeds, the difference is larger than their spread explains (`undecidable_below`; a bootstrap of two or three seeds alone
-is too narrow). Else the matter is *undecided*. Where the comparison is *unfair* (the reference learned next to nothing,
-or was still rising), a gain is not called one.
+Dice difference excludes zero; the Holm-corrected Wilcoxon test over cases is under `SIGNIFICANCE`; and the difference
+is larger than the luck of the trainings explains (`undecidable_below`; a bootstrap of two or three seeds alone is too
+narrow). Else the matter is *undecided*. Where the comparison is *unfair* (the reference learned next to nothing, or was
+still rising), a gain is not called one.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _judge_size(arm: Arm, reference: Arm, row: Comparison, means: dict[Key, Summ
     tail = ""
     if outcome == "undecided":
         why = (
-            "is within the spread of the seeds, so it cannot be called"
+            "is within the luck of the trainings, so it cannot be called"
             if _within_luck(row)
             else "is not enough to call it"
         )
@@ -96,7 +96,7 @@ def _outcome(row: Comparison) -> Outcome:
 
 
 def _within_luck(row: Comparison) -> bool:
-    """Whether the spread over seeds alone could make such a difference."""
+    """Whether the luck of the trainings alone could make such a difference."""
     limit = row.undecidable_below
     return limit is not None and row.difference is not None and abs(row.difference) <= limit
 
@@ -151,23 +151,24 @@ def _clause(outcome: Outcome, rows: Sequence[Comparison]) -> str:
 
 def certainty(rows: Sequence[Comparison], num_seeds: int) -> str:
     """What stands behind the verdict, and what the seeds cannot decide."""
-    if num_seeds == 1:
-        return (
-            "One seed stands behind this. The tests then speak about these trained networks, not about the method: "
-            f"another seed alone can move a mean Dice by about {TYPICAL_SEED_SPREAD} on small data, so differences "
-            f"under about {2 * TYPICAL_SEED_SPREAD} should not be believed. Give --seeds 0 1 2 or more."
-        )
     limits = ", ".join(
         f"{row.undecidable_below:.3f} with {size_text(row.num_train)}"
         for row in rows
         if row.undecidable_below is not None
     )
+    if num_seeds == 1:
+        limit = f" By the spread over folds they cannot decide Dice differences under {limits}." if limits else ""
+        return (
+            "One seed stands behind this, so each fold was trained once, and the tests speak about these trained "
+            f"networks.{limit} Another seed alone can move a mean Dice by about {TYPICAL_SEED_SPREAD} on small data: "
+            f"be wary of differences under about {2 * TYPICAL_SEED_SPREAD}, and give --seeds 0 1 2 or more."
+        )
+    rough = _FEW_SEEDS_NOTE if num_seeds < FEW_SEEDS else ""
     return (
         f"{num_seeds} seeds stand behind this. The Wilcoxon test over cases speaks about these trained networks; the "
         f"interval resamples seeds as well as cases. What {num_seeds} seeds cannot decide: Dice differences under "
         f"{limits}; and a sign test over {num_seeds} seeds cannot give a p under "
-        f"{statistics.sign_test_floor(num_seeds):g} even if every seed agrees."
-        f"{_FEW_SEEDS_NOTE if num_seeds < FEW_SEEDS else ''}"
+        f"{statistics.sign_test_floor(num_seeds):g} even if every seed agrees.{rough}"
     )
 
 

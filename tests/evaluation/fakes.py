@@ -16,7 +16,7 @@ from nnssl_ext.finetuning.config import PLANS_KEY, FinetuningConfig
 from nnssl_ext.imageio import Geometry, read_image, read_segmentation, write_image, write_segmentation
 
 DATASET = "Dataset004_Balls"
-CASES = tuple(f"ball_{number:02d}" for number in range(12))
+CASES = tuple(f"ball_{number:02d}" for number in range(9))
 SHAPE = (9, 16, 14)
 GEOMETRY = Geometry(spacing=(2.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), direction=(1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
 LABELS = {"background": 0, "inner": 1, "outer": 2}

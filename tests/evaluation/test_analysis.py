@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -97,7 +99,7 @@ def test_the_same_scores_give_the_same_intervals() -> None:
     assert first == second
     own = tabulate(rows(), "dice", "one")
     differences = own["mae", 5].values - own["scratch", 5].values
-    expected = statistics.bootstrap_interval(differences, np.random.default_rng(9))
+    expected = statistics.bootstrap_interval(differences, own["mae", 5].folds, np.random.default_rng(9))
     row = next(c for c in first if c.metric == "dice")
     assert (row.interval.low, row.interval.high) == pytest.approx((expected.low, expected.high), abs=3e-3)
 
@@ -116,3 +118,14 @@ def test_convergence_is_judged_on_the_mean_of_an_arms_runs() -> None:
     runs = [run("a", 0, 0.02), run("a", 1, 0.01), run("b", 0, 0.02), run("b", 1, -0.02)]
     states = {row.arm: (row.trend.state, row.num_runs) for row in judge_convergence(runs)}
     assert states == {"a": ("rising", 2), "b": ("settled", 2)}
+
+
+def test_a_single_seed_on_one_side_leaves_the_luck_of_its_training_unknown() -> None:
+    scores = [
+        row if row.arm == "scratch" else replace(row, seed=None) for row in rows() if (row.arm, row.seed) != ("mae", 1)
+    ]
+    row = next(c for c in compare(scores, "scratch", ["one"]) if c.metric == "dice")
+    table = tabulate(scores, "dice", "one")
+    averaged = table["mae", 5].values - table["scratch", 5].values.mean(axis=0)
+    assert row.difference == pytest.approx(averaged.mean())
+    assert row.undecidable_below == pytest.approx(statistics.undecidable_below(averaged, table["mae", 5].folds))

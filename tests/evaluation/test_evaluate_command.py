@@ -59,7 +59,7 @@ def test_the_whole_command(world: SimpleNamespace, capsys: pytest.CaptureFixture
 def test_list_trains_nothing(world: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
     main([*ARMS, "-device", "cpu", "--list", "-f", "0", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "missing  ptPlans__mae__fold_0  8 training, 4 validation cases"
+    assert lines[0] == "missing  ptPlans__mae__fold_0  6 training, 3 validation cases"
     assert lines[-1].startswith("4 of 4 fold runs are to be trained")
     assert world.calls == []
 
@@ -68,7 +68,7 @@ def test_list_trains_nothing(world: SimpleNamespace, capsys: pytest.CaptureFixtu
     ("arguments", "message"),
     [
         (["--num_train", "3", "--fractions", "0.5"], "either --num_train or --fractions"),
-        (["--num_train", "99"], "Give 1 to 7, or all"),
+        (["--num_train", "99"], "Give 1 to 5, or all"),
         (["-np", "-1"], "-1 processes are not possible"),
     ],
 )

@@ -14,7 +14,8 @@ from nnssl_ext.evaluation.run import evaluate
 from nnssl_ext.finetuning.config import PLANS_KEY
 from tests.evaluation import fakes
 
-SETTINGS = EvaluationSettings(dataset=4, plans=("ptPlans__mae", "ptPlans__scratch"), num_train=(3, "all"), seeds=(0, 1))
+SETTINGS = EvaluationSettings(dataset=4, plans=("ptPlans__mae", "ptPlans__scratch"))
+FULL = replace(SETTINGS, num_train=(3, "all"), seeds=(0, 1))
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def run(settings: EvaluationSettings = SETTINGS, trainer=fakes.pretend_to_train)
 
 
 def test_from_plans_to_evaluation_json(world: SimpleNamespace) -> None:
-    evaluation, folder = run()
+    evaluation, folder = run(FULL)
     assert folder == world.results / "evaluation" / "mae__scratch__3d_fullres"
     assert evaluation.reference.name == "ptPlans__scratch"
     assert len(evaluation.runs) == 2 * 2 * 2 * 3  # arms, sizes, seeds, folds
@@ -70,9 +71,9 @@ def test_a_second_start_trains_nothing_and_finds_the_same(world: SimpleNamespace
 
 
 def test_only_what_is_missing_is_trained(world: SimpleNamespace) -> None:
-    run(replace(SETTINGS, num_train=("all",), seeds=(0,)))
+    run(SETTINGS)
     recorder = Recorder()
-    run(replace(SETTINGS, num_train=(3, "all"), seeds=(0,)), trainer=recorder)
+    run(replace(SETTINGS, num_train=(3, "all")), trainer=recorder)
     assert sorted(recorder.keys) == [
         (f"ptPlans__{arm}__n3__s0", fold) for arm in ("mae", "scratch") for fold in range(3)
     ]
@@ -83,15 +84,15 @@ def test_a_failing_run_does_not_stop_the_others_and_is_named(world: SimpleNamesp
     with pytest.raises(
         ValueError, match=r"3 of 24 trainings failed, the first is ptPlans__mae__n3__s1__fold_0: .*no memory"
     ):
-        run(trainer=recorder)
+        run(FULL, trainer=recorder)
     assert len(recorder.keys) == 24
     again = Recorder()
-    run(trainer=again)
+    run(FULL, trainer=again)
     assert again.keys == [("ptPlans__mae__n3__s1", fold) for fold in range(3)]
 
 
 def test_arms_share_subsets_which_are_nested_and_differ_between_seeds(world: SimpleNamespace) -> None:
-    prepared = prepare(replace(SETTINGS, num_train=(2, 4, "all")), InlineExecutor())
+    prepared = prepare(replace(FULL, num_train=(2, 4, "all")), InlineExecutor())
     chosen = {(r.arm.label, r.num_train, r.seed, r.fold): r for r in prepared.runs}
     for seed in (0, 1):
         for fold in range(3):
@@ -105,7 +106,7 @@ def test_arms_share_subsets_which_are_nested_and_differ_between_seeds(world: Sim
 
 
 def test_plans_of_a_variant_hold_its_ids_and_seed(world: SimpleNamespace) -> None:
-    evaluation, _ = run()
+    evaluation, _ = run(FULL)
     variant = read_json(world.mae.with_name("ptPlans__mae__n3__s1.json"))
     assert variant["plans_name"] == "ptPlans__mae__n3__s1"
     assert variant[PLANS_KEY]["seed"] == 1
@@ -136,31 +137,40 @@ def test_a_pretrained_on_training_case_is_refused_too(world: SimpleNamespace) ->
         run(replace(SETTINGS, folds=(0,)))
 
 
+def test_hashes_are_kept_until_an_image_changes(world: SimpleNamespace) -> None:
+    prepare(SETTINGS, InlineExecutor())
+    cache = world.root / "preprocessed" / fakes.DATASET / "nnssl_content_hashes.json"
+    kept = read_json(cache)
+    assert kept["ball_03"]["hashes"] == [content_hash(fakes.image_of(world.root, "ball_03")[0])]
+    image = world.root / "raw" / fakes.DATASET / "imagesTr" / "ball_03_0000.nii.gz"
+    image.write_bytes(image.with_name("ball_04_0000.nii.gz").read_bytes())
+    prepare(SETTINGS, InlineExecutor())
+    assert read_json(cache)["ball_03"]["hashes"] == kept["ball_04"]["hashes"]
+
+
 def test_a_checkpoint_without_hashes_gives_a_warning(world: SimpleNamespace) -> None:
     fakes.make_plans(world.root, "ptPlans__mae", pretrained_weights="w.pth")
-    evaluation, _ = run(replace(SETTINGS, seeds=(0,)))
+    evaluation, _ = run(SETTINGS)
     assert any("does not say which images it was pretrained on" in warning for warning in evaluation.warnings)
 
 
 def test_cases_that_were_not_planned_are_found_out(world: SimpleNamespace) -> None:
-    settings = replace(SETTINGS, num_train=("all",), seeds=(0,))
-    run(settings)
+    run(SETTINGS)
     fold = world.results / "SSLFinetuneTrainer__ptPlans__mae__3d_fullres" / "fold_1" / "validation"
     summary = read_json(fold / "summary.json")
     summary["metric_per_case"][0]["prediction_file"] = str(fold / "stranger.nii.gz")
     write_json(fold / "summary.json", summary)
     with pytest.raises(ValueError, match=r"did not validate the cases of its fold: summary.json lists .*stranger"):
-        run(settings)
+        run(SETTINGS)
 
 
 def test_a_missing_prediction_is_found_out(world: SimpleNamespace) -> None:
-    settings = replace(SETTINGS, num_train=("all",), seeds=(0,))
-    run(settings)
+    run(SETTINGS)
     lost = fakes.splits()[1].val[0]
     fold = world.results / "SSLFinetuneTrainer__ptPlans__scratch__3d_fullres" / "fold_1" / "validation"
     (fold / f"{lost}.nii.gz").unlink()
-    with pytest.raises(ValueError, match=f"there are predictions for 3 cases instead of 4 .missing: {lost}"):
-        run(settings)
+    with pytest.raises(ValueError, match=f"there are predictions for 2 cases instead of 3 .missing: {lost}"):
+        run(SETTINGS)
 
 
 def test_results_of_other_settings_are_refused(world: SimpleNamespace) -> None:
@@ -176,15 +186,25 @@ def test_results_of_other_settings_are_refused(world: SimpleNamespace) -> None:
         run()
 
 
+def test_a_setting_that_the_results_do_not_name_has_its_default(world: SimpleNamespace) -> None:
+    run(SETTINGS)
+    used = world.results / "SSLFinetuneTrainer__ptPlans__mae__3d_fullres" / "plans.json"
+    plans = read_json(used)
+    del plans[PLANS_KEY]["layer_decay"]
+    write_json(used, plans)
+    recorder = Recorder()
+    run(SETTINGS, trainer=recorder)
+    assert recorder.keys == []
+
+
 def test_scores_are_made_again_when_a_prediction_changes(world: SimpleNamespace) -> None:
-    settings = replace(SETTINGS, num_train=("all",), seeds=(0,))
-    before, _ = run(settings)
+    before, _ = run(SETTINGS)
     case = fakes.splits()[0].val[0]
     fold = world.results / "SSLFinetuneTrainer__ptPlans__scratch__3d_fullres" / "fold_0" / "validation"
     (fold / f"{case}.nii.gz").write_bytes(
         (world.root / "raw" / fakes.DATASET / "labelsTr" / f"{case}.nii.gz").read_bytes()
     )
-    after, _ = run(settings)
+    after, _ = run(SETTINGS)
     scores = [next(c for c in e.cases if (c.arm, c.case) == ("ptPlans__scratch", case)) for e in (before, after)]
     assert scores[0].classes["inner"].dice < 1
     assert scores[1].classes["inner"].dice == 1
@@ -192,7 +212,7 @@ def test_scores_are_made_again_when_a_prediction_changes(world: SimpleNamespace)
 
 def test_plain_nnunet_joins_at_all_cases_without_a_seed(world: SimpleNamespace) -> None:
     fakes.make_plans(world.root, "nnUNetPlans", plain=True)
-    evaluation, _ = run(replace(SETTINGS, plans=("ptPlans__mae", "ptPlans__scratch", "nnUNetPlans")))
+    evaluation, _ = run(replace(FULL, plans=("ptPlans__mae", "ptPlans__scratch", "nnUNetPlans")))
     plain = [r for r in evaluation.runs if r.arm == "nnUNetPlans"]
     assert {(r.num_train, r.seed) for r in plain} == {("all", None)}
     assert Path(plain[0].folder).parent.name == "nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -213,7 +233,7 @@ def test_plain_nnunet_with_other_folds_is_refused(world: SimpleNamespace) -> Non
 
 def test_fractions_count_from_the_smallest_fold(world: SimpleNamespace) -> None:
     prepared = prepare(replace(SETTINGS, fractions=(0.3, 1.0)), InlineExecutor())
-    assert prepared.num_train == (3, "all")  # .3 of 8, rounded up
+    assert prepared.num_train == (2, "all")  # .3 of 6, rounded up
 
 
 @pytest.mark.parametrize(
@@ -223,7 +243,7 @@ def test_fractions_count_from_the_smallest_fold(world: SimpleNamespace) -> None:
         ({"plans": ("ptPlans__mae",)}, "two or more different plans"),
         ({"configuration": "2d"}, "no configuration '2d'. Valid: 3d_fullres"),
         ({"folds": (0, 7)}, "fold 7 is not planned; the plans have folds 0 to 2"),
-        ({"num_train": (8,)}, "the smallest of these folds has 8 training cases. Give 1 to 7, or all"),
+        ({"num_train": (6,)}, "the smallest of these folds has 6 training cases. Give 1 to 5, or all"),
         ({"reference": "ptPlans__other"}, "--reference 'ptPlans__other' is not among the arms"),
         ({"fractions": (1.5,)}, "fraction 1.5 is not allowed"),
         ({"dataset": 7}, "no dataset 7"),
@@ -256,7 +276,7 @@ def test_arms_planned_on_different_folds_are_refused(world: SimpleNamespace) -> 
 
 def test_two_scratch_arms_need_a_reference(world: SimpleNamespace) -> None:
     fakes.make_plans(world.root, "ptPlans__scratch2")
-    settings = replace(SETTINGS, plans=("ptPlans__scratch", "ptPlans__scratch2"), num_train=("all",), seeds=(0,))
+    settings = replace(SETTINGS, plans=("ptPlans__scratch", "ptPlans__scratch2"))
     with pytest.raises(ValueError, match=r"2 of the arms .* start from scratch"):
         run(settings)
     evaluation, _ = run(replace(settings, reference="scratch2"))
@@ -264,6 +284,6 @@ def test_two_scratch_arms_need_a_reference(world: SimpleNamespace) -> None:
 
 
 def test_a_subset_of_folds_is_said_openly(world: SimpleNamespace) -> None:
-    evaluation, _ = run(replace(SETTINGS, folds=(1,), seeds=(0,)))
+    evaluation, _ = run(replace(SETTINGS, folds=(1,)))
     assert any("Only 1 of 3 folds" in warning for warning in evaluation.warnings)
     assert evaluation.summary("ptPlans__mae", "all", "dice", MEAN_CLASS).num_cases == len(fakes.splits()[1].val)

@@ -50,39 +50,44 @@ def test_with_one_seed_the_interval_is_scipys_bootstrap_over_cases() -> None:
     from scipy.stats import bootstrap
 
     values = random().normal(0.8, 0.1, 40)
-    own = statistics.bootstrap_interval(values[None], np.random.default_rng(1))
+    own = statistics.bootstrap_interval(values[None], [0] * 40, np.random.default_rng(1))
     result = bootstrap((values,), np.mean, method="percentile", random_state=np.random.default_rng(2))
     assert (own.low, own.high) == pytest.approx(tuple(result.confidence_interval), abs=2e-3)
 
 
-def slow_two_level(scores: np.ndarray, rng: np.random.Generator, num: int) -> tuple[float, float]:
-    """Draws seeds and cases by index, and averages what was drawn."""
+def slow_two_level(scores: np.ndarray, folds: np.ndarray, rng: np.random.Generator, num: int) -> tuple[float, float]:
+    """Draws cases, and for each fold seeds, by index; averages what was drawn."""
     means = []
     for _ in range(num):
-        seeds = rng.integers(0, scores.shape[0], scores.shape[0])
-        cases = rng.integers(0, scores.shape[1], scores.shape[1])
-        means.append(np.nanmean(np.nanmean(scores[np.ix_(seeds, cases)], axis=0)))
+        seeds = {fold: rng.integers(0, len(scores), len(scores)) for fold in set(folds.tolist())}
+        drawn = [scores[seeds[folds[case]], case] for case in rng.integers(0, scores.shape[1], scores.shape[1])]
+        per_case = [values[np.isfinite(values)].mean() for values in drawn if np.isfinite(values).any()]
+        means.append(np.mean(per_case))
     return tuple(np.quantile(means, [0.025, 0.975]))
 
 
 @pytest.mark.parametrize("with_gaps", [False, True])
-def test_the_two_level_bootstrap_equals_a_slow_one(with_gaps: bool) -> None:
-    scores = random().normal(0, 0.05, (3, 25)) + np.array([[-0.06], [0.0], [0.06]])
+@pytest.mark.parametrize("num_folds", [1, 3])
+def test_the_two_level_bootstrap_equals_a_slow_one(with_gaps: bool, num_folds: int) -> None:
+    folds = np.arange(24) % num_folds
+    luck = random().normal(0, 0.05, (3, num_folds))
+    scores = random().normal(0, 0.05, (3, 24)) + luck[:, folds]
     if with_gaps:
         scores[0, 4] = scores[:, 7] = np.nan
-    own = statistics.bootstrap_interval(scores, np.random.default_rng(1))
-    assert (own.low, own.high) == pytest.approx(slow_two_level(scores, np.random.default_rng(2), 4000), abs=5e-3)
+    own = statistics.bootstrap_interval(scores, folds, np.random.default_rng(1))
+    expected = slow_two_level(scores, folds, np.random.default_rng(2), 4000)
+    assert (own.low, own.high) == pytest.approx(expected, abs=4e-3)
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
     cases = random().normal(0, 0.02, 30)
-    agreeing = statistics.bootstrap_interval(np.stack([cases] * 3), random())
-    disagreeing = statistics.bootstrap_interval(np.stack([cases - 0.1, cases, cases + 0.1]), random())
+    agreeing = statistics.bootstrap_interval(np.stack([cases] * 3), [0] * 30, random())
+    disagreeing = statistics.bootstrap_interval(np.stack([cases - 0.1, cases, cases + 0.1]), [0] * 30, random())
     assert disagreeing.high - disagreeing.low > 3 * (agreeing.high - agreeing.low)
 
 
 def test_the_interval_of_one_case_is_unknown() -> None:
-    assert statistics.bootstrap_interval(np.array([[0.5, np.nan]]), random()) is None
+    assert statistics.bootstrap_interval(np.array([[0.5, np.nan]]), [0, 0], random()) is None
 
 
 @pytest.mark.parametrize(("low", "high", "excluded"), [(0.1, 0.2, True), (-0.2, -0.1, True), (-0.1, 0.1, False)])
@@ -94,8 +99,33 @@ def test_the_sign_test_floor() -> None:
     assert [statistics.sign_test_floor(n) for n in (1, 3, 6)] == [1.0, 0.25, 1 / 32]
 
 
-def test_undecidable_below_is_students_half_width_over_seeds() -> None:
+def test_undecidable_below_in_one_fold_is_students_half_width_over_seeds() -> None:
     differences = np.array([[0.00, 0.02], [0.02, 0.04], [0.05, 0.05]])  # seed means .01 .03 .05
     expected = 4.302653 * 0.02 / np.sqrt(3)
-    assert statistics.undecidable_below(differences) == pytest.approx(expected, rel=1e-4)
-    assert statistics.undecidable_below(differences[:1]) is None
+    assert statistics.undecidable_below(differences, [0, 0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_undecidable_below_pools_the_seeds_within_folds() -> None:
+    # fold 0 is easy and fold 1 is hard, which is not the seeds' doing: within each the seeds are .02 apart
+    differences = np.array([[0.10, 0.30], [0.12, 0.32]])
+    expected = (
+        4.302653 * np.sqrt(2e-4) / np.sqrt(4)
+    )  # variance .01^2 + .01^2 per fold, 2 degrees of freedom, 4 trainings
+    assert statistics.undecidable_below(differences, [0, 1]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_undecidable_below_of_one_seed_is_the_spread_over_folds() -> None:
+    differences = np.array([[0.01, 0.01, 0.03, 0.05]])
+    expected = 4.302653 * 0.02 / np.sqrt(3)  # fold means .01 .03 .05
+    assert statistics.undecidable_below(differences, [0, 0, 1, 2]) == pytest.approx(expected, rel=1e-4)
+    assert statistics.undecidable_below(differences, [0, 0, 0, 0]) is None
+    assert statistics.undecidable_below(np.array([[np.nan]]), [0]) is None
+
+
+def test_the_limit_catches_an_effect_of_pure_luck_as_often_as_it_says() -> None:
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(400):
+        luck = rng.normal(0, 0.02, (3, 5))
+        differences = luck[:, np.repeat(np.arange(5), 4)]
+        wrong += abs(differences.mean()) > statistics.undecidable_below(differences, np.repeat(np.arange(5), 4))
+    assert wrong / 400 == pytest.approx(0.05, abs=0.03)
