@@ -51,11 +51,16 @@ def judge(dice: Sequence[float | None], loss: Sequence[float | None]) -> Trend:
         curve, values, sign = "loss", _known(loss), -1.0
     if len(values) < MIN_TAIL:
         return Trend("unknown", curve, None, None, len(values))
-    tail = sign * values[-max(MIN_TAIL, math.ceil(TAIL_SHARE * len(values))) :]
+    tail = sign * values[-tail_length(len(values)) :]
     gain, t_value = _line(tail)
     threshold = MIN_GAIN if curve == "dice" else MIN_LOSS_SHARE * float(values.max() - values.min())
     rising = gain > threshold and t_value > MIN_T
     return Trend("rising" if rising else "settled", curve, gain, t_value, len(tail))
+
+
+def tail_length(num_epochs: int) -> int:
+    """Epochs at the end of a curve on which it is judged."""
+    return max(MIN_TAIL, math.ceil(TAIL_SHARE * num_epochs))
 
 
 def mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float | None]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nnssl_ext.evaluation.analysis import tabulate
-from nnssl_ext.evaluation.convergence import TAIL_SHARE
+from nnssl_ext.evaluation.convergence import tail_length
 from nnssl_ext.evaluation.records import MEAN_CLASS, Arm, Evaluation, NumTrain
 from nnssl_ext.evaluation.statistics import mean_over_seeds
 from nnssl_ext.reports.style import GRID, INK, MUTED, PAGE_WIDTH, Picture, arm_colours, drawing, encode, grid_of_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SPREAD = 0.1
 """Distance between two arms at one tick, in ticks."""
@@ -31,10 +31,28 @@ def size_label(size: NumTrain) -> str:
     return str(size)
 
 
+def _width(sizes: Sequence[NumTrain]) -> float:
+    return PAGE_WIDTH if len(sizes) > 1 else PAGE_WIDTH / 2
+
+
+def _pairs_of_axes(figure: Figure, num_sizes: int, ratios: Sequence[float]) -> list[tuple[Axes, Axes]]:
+    """Two panels for each size, one above the other; for a single size side by side."""
+    if num_sizes == 1:
+        ((left, right),) = grid_of_axes(figure, 1, 2)
+        return [(left, right)]
+    upper, lower = grid_of_axes(figure, 2, num_sizes, height_ratios=ratios)
+    return list(zip(upper, lower, strict=True))
+
+
+def _panel_size(num_sizes: int, height: float) -> tuple[float, float]:
+    """Width and height in inches of a figure of pairs; `height` counts panels."""
+    return (2 * _PANEL, 1.05 * _PANEL) if num_sizes == 1 else (num_sizes * _PANEL, height * _PANEL)
+
+
 def data_efficiency(evaluation: Evaluation, metric: str = "dice") -> Picture:
     """Mean of a metric against the number of training cases, with intervals and one small dot per seed."""
     sizes, colours = list(evaluation.num_train), arm_colours(evaluation.arms)
-    with drawing(PAGE_WIDTH, 4.1) as figure:
+    with drawing(_width(sizes), 4.1) as figure:
         axes = figure.add_subplot()
         for index, arm in enumerate(evaluation.arms):
             offset = (index - (len(evaluation.arms) - 1) / 2) * _SPREAD
@@ -72,7 +90,7 @@ def _efficiency_line(axes: Axes, evaluation: Evaluation, arm: Arm, metric: str, 
 def fold_spread(evaluation: Evaluation, metric: str = "dice") -> Picture:
     """Mean of each fold as a dot, the mean over cases as a bar, for every arm and size."""
     colours = arm_colours(evaluation.arms)
-    with drawing(PAGE_WIDTH, 3.2) as figure:
+    with drawing(_width(evaluation.num_train), 3.2) as figure:
         axes = figure.add_subplot()
         for index, arm in enumerate(evaluation.arms):
             offset = (index - (len(evaluation.arms) - 1) / 2) * 1.6 * _SPREAD
@@ -104,19 +122,19 @@ def paired_cases(evaluation: Evaluation, arm: str, sizes: Sequence[NumTrain], me
     tables = tabulate(evaluation.cases, metric, MEAN_CLASS)
     reference = evaluation.reference
     colour = arm_colours(evaluation.arms)[arm]
-    with drawing(len(sizes) * _PANEL, 1.75 * _PANEL) as figure:
-        rows = grid_of_axes(figure, 2, len(sizes), height_ratios=[1.55, 1])
-        for column, size in enumerate(sizes):
+    with drawing(*_panel_size(len(sizes), 1.75)) as figure:
+        pairs = _pairs_of_axes(figure, len(sizes), [1.55, 1])
+        for size, (scatter, bars) in zip(sizes, pairs, strict=True):
             base = mean_over_seeds(tables[reference.name, size].values)
             own = mean_over_seeds(tables[arm, size].values)
             known = np.isfinite(base) & np.isfinite(own)
-            _scatter(rows[0][column], base[known], own[known], colour)
-            _differences(rows[1][column], own[known] - base[known], colour)
-            rows[0][column].set_title(f"{size_label(size)} training cases")
-            rows[0][column].set_xlabel(f"{reference.label}, {metric_label(metric)}")
-            rows[1][column].set_xlabel("cases, sorted")
-        rows[0][0].set_ylabel(f"{evaluation.arm(arm).label}, {metric_label(metric)}")
-        rows[1][0].set_ylabel("difference")
+            _scatter(scatter, base[known], own[known], colour)
+            _differences(bars, own[known] - base[known], colour)
+            scatter.set_title(f"{size_label(size)} training cases")
+            scatter.set_xlabel(f"{reference.label}, {metric_label(metric)}")
+            bars.set_xlabel("cases, sorted")
+        pairs[0][0].set_ylabel(f"{evaluation.arm(arm).label}, {metric_label(metric)}")
+        pairs[0][1].set_ylabel("difference")
         return encode(figure)
 
 
@@ -145,21 +163,21 @@ def _differences(axes: Axes, differences: np.ndarray, colour: str) -> None:
 def learning_curves(evaluation: Evaluation, sizes: Sequence[NumTrain]) -> Picture:
     """Validation Dice and loss per epoch: the mean over an arm's runs, their range shaded, the judged tail in grey."""
     colours = arm_colours(evaluation.arms)
-    with drawing(len(sizes) * _PANEL, 1.45 * _PANEL) as figure:
-        rows = grid_of_axes(figure, 2, len(sizes), sharex="col")
-        for column, size in enumerate(sizes):
+    with drawing(*_panel_size(len(sizes), 1.45)) as figure:
+        pairs = _pairs_of_axes(figure, len(sizes), [1, 1])
+        for size, (dice, loss) in zip(sizes, pairs, strict=True):
             curves = [run.curve for run in evaluation.runs if run.num_train == size]
-            for axes in (rows[0][column], rows[1][column]):
+            for axes in (dice, loss):
                 _mark_tail(axes, max(len(curve.val_loss) for curve in curves))
             for arm in evaluation.arms:
                 runs = [run for run in evaluation.runs if (run.arm, run.num_train) == (arm.name, size)]
-                _curve(rows[0][column], [run.curve.dice for run in runs], colours[arm.name], arm.label)
-                _curve(rows[1][column], [run.curve.val_loss for run in runs], colours[arm.name], arm.label)
-            rows[0][column].set_title(f"{size_label(size)} training cases")
-            rows[1][column].set_xlabel("epoch")
-        rows[0][0].set_ylabel("validation Dice (patches)")
-        rows[1][0].set_ylabel("validation loss")
-        rows[0][-1].legend(loc="lower right")
+                _curve(dice, [run.curve.dice for run in runs], colours[arm.name], arm.label)
+                _curve(loss, [run.curve.val_loss for run in runs], colours[arm.name], arm.label)
+            dice.set_title(f"{size_label(size)} training cases")
+            loss.set_xlabel("epoch")
+        pairs[0][0].set_ylabel("validation Dice (patches)")
+        pairs[0][1].set_ylabel("validation loss")
+        pairs[-1][0].legend(loc="lower right")
         return encode(figure)
 
 
@@ -175,7 +193,7 @@ def _curve(axes: Axes, curves: Sequence[Sequence[float | None]], colour: str, la
 
 def _mark_tail(axes: Axes, num_epochs: int) -> None:
     if num_epochs:
-        start = num_epochs - math.ceil(TAIL_SHARE * num_epochs)
+        start = max(0, num_epochs - tail_length(num_epochs))
         axes.axvspan(start + 1, num_epochs, color=GRID, alpha=0.5, lw=0, zorder=0)
 
 
