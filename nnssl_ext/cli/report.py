@@ -13,8 +13,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     result = argparse.ArgumentParser(
         prog="nnssl_report",
-        description="Draws report.html again from an evaluation.json, without training or scoring anything. Pictures of "
-        "cases and of the pretraining appear where their files are still there.",
+        description="Draws report.html again from an evaluation.json, without training or scoring anything. Pictures "
+        "of cases and of the pretraining appear where their files are still there.",
         allow_abbrev=False,
     )
     result.add_argument(
