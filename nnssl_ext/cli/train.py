@@ -167,7 +167,7 @@ def _start_processes(args: argparse.Namespace, arguments: list[str]) -> int:
     The memory is left to them: asking for it would hold some of the first GPU's for as long as they run.
     """
     from nnssl_ext.engine.distributed import World, torchrun
-    from nnssl_ext.engine.loop import prepare
+    from nnssl_ext.engine.prepare import prepare
 
     prepared = prepare(_spec(args), World(size=args.num_gpus, local_rank=args.num_gpus - 1))
     if prepared.finished:

@@ -20,21 +20,13 @@ import torch
 
 from nnssl_ext.core.random import seed_of
 from nnssl_ext.core.records import write_json
-from nnssl_ext.dataset.splits import Split
 from nnssl_ext.engine.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
-from nnssl_ext.engine.device import cpu_has_bf16, kernels, resolve_device, resolve_precision
+from nnssl_ext.engine.device import cpu_has_bf16, kernels
 from nnssl_ext.engine.distributed import World, any_rank, current_world, process_group
+from nnssl_ext.engine.prepare import Prepared, prepare
 from nnssl_ext.engine.run import (
-    RunFolder,
     RunSpec,
-    check_channels,
-    check_existing,
-    check_identity,
-    check_memory,
-    check_patch,
     content_hashes,
-    identity,
-    load_or_make_split,
     log_file,
     validation_cases,
     write_config,
@@ -45,7 +37,6 @@ from nnssl_ext.engine.timing import Stopwatch
 from nnssl_ext.engine.tracking import Bar, Tracker
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.loader import PatchLoader
-from nnssl_ext.preprocessing.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -85,50 +76,6 @@ class Progress:
         """What `state` gave."""
         meter = Meter(dict(state["sums"]), dict(state["counts"]))
         return cls(state["epoch"], state["step"], state["best_loss"], meter)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that nothing speaks against."""
-
-    folder: RunFolder
-    """Where it goes."""
-    store: Store
-    """Its data."""
-    split: Split
-    """Its cases."""
-    device: torch.device
-    """Where this process trains."""
-    precision: str
-    """The resolved precision."""
-    finished: bool
-    """Whether it has already been trained to the end."""
-
-
-def prepare(spec: RunSpec, world: World) -> Prepared:
-    """Check everything that can be refused before the first step; write nothing.
-
-    Args:
-        spec: The run.
-        world: This process among those that will train.
-
-    Raises:
-        ValueError: For a run that is there already, other settings than those it was started with, a patch that is not
-            divisible, too few cases or patients, other channels than the network's, a device that is not there, or too
-            little memory.
-        FileNotFoundError: Where the data is not preprocessed.
-    """
-    folder = RunFolder(spec.folder)
-    check_existing(folder, spec.resume)
-    device = resolve_device(spec.settings.device, world)
-    precision = resolve_precision(spec.settings.precision, device)
-    check_identity(folder, identity(spec, world.size, precision))
-    check_patch(spec.configuration)
-    check_memory(spec, precision)
-    store = Store.open(spec.data_folder)
-    check_channels(store, spec.configuration)
-    split = load_or_make_split(spec, store, folder)
-    return Prepared(folder, store, split, device, precision, folder.final.exists())
 
 
 def pretrain(spec: RunSpec) -> Outcome:

@@ -1,31 +1,27 @@
-"""What a run is made of and where it lies: settings, folder, patients, and the refusals before it starts."""
+"""What a run is made of and where it lies: its settings, its folder, its identity and what it has seen."""
 
 from __future__ import annotations
 
 import logging
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from nnssl_ext.core.random import generator
-from nnssl_ext.core.records import read_json, to_dict, write_json
-from nnssl_ext.dataset.splits import Split, split_by_subject
+from nnssl_ext.core.records import to_dict, write_json
+from nnssl_ext.dataset.splits import Split
 from nnssl_ext.engine.device import Precision
 from nnssl_ext.engine.task import PretrainTrainer
-from nnssl_ext.planners.architecture import RESENC_CLASS
 from nnssl_ext.planners.plan import Configuration, Plan
-from nnssl_ext.planners.rules import FULL_PRECISION_BYTES, MIXED_PRECISION_BYTES, estimate_memory
 from nnssl_ext.preprocessing.store import Store
 
 logger = logging.getLogger(__name__)
 
-MIN_CASES = 2
 CROPS_PER_VALIDATION_CASE = 2
 """Validation sees at least two crops of each case it uses, so that a case can be retrieved from another crop."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -132,100 +128,6 @@ class RunFolder:
         return self.path / "training_log.txt"
 
 
-def check_existing(folder: RunFolder, resume: bool) -> None:
-    """Refuse to overwrite a run.
-
-    Raises:
-        ValueError: Where a run is there and was not asked to go on.
-    """
-    if resume:
-        return
-    for path, state in ((folder.final, "finished"), (folder.latest, "unfinished")):
-        if path.exists():
-            raise ValueError(
-                f"{folder.path} holds {'a' if state == 'finished' else 'an'} {state} run. Go on with it by --c, "
-                "train another beside it by -tag NAME, or remove the folder."
-            )
-
-
-def check_patch(configuration: Configuration) -> None:
-    """Refuse a patch that the network cannot halve as often as it must.
-
-    Raises:
-        ValueError: Where an edge of the patch is no multiple of the product of the strides along its axis.
-    """
-    if not configuration.strides:
-        return
-    divisors = [prod(stride[axis] for stride in configuration.strides) for axis in range(configuration.dims)]
-    fitting = tuple(max(size // by, 1) * by for size, by in zip(configuration.patch_size, divisors, strict=True))
-    if fitting != configuration.patch_size:
-        raise ValueError(
-            f"patch_size {list(configuration.patch_size)} of configuration {configuration.name!r} is not divisible by "
-            f"the network's strides {divisors}. Change it in the plans file, for example to {list(fitting)}."
-        )
-
-
-def check_memory(spec: RunSpec, precision: str) -> None:
-    """Refuse a step that cannot fit into the device; a network whose size is not known is let through.
-
-    Raises:
-        ValueError: Where the estimate of the planner's rules exceeds the memory.
-    """
-    configuration = spec.configuration
-    if spec.memory_gb is None or configuration.architecture["network_class_name"] != RESENC_CLASS:
-        return
-    needed = estimate_memory(
-        configuration.architecture,
-        configuration.patch_size,
-        configuration.batch_size,
-        spec.trainer.cost,
-        num_channels=configuration.num_input_channels,
-        bytes_per_value=FULL_PRECISION_BYTES if precision == "fp32" else MIXED_PRECISION_BYTES,
-    )
-    if needed > spec.memory_gb:
-        raise ValueError(
-            f"A step needs about {needed:.1f} GB and {spec.settings.device} has {spec.memory_gb:.1f} GB free: patch "
-            f"{list(configuration.patch_size)}, batch {configuration.batch_size}, {precision}. Use a smaller "
-            f"-batch_size, or plan for this device: nnssl_plan_experiment -d {spec.plan.dataset_name} "
-            f"-gpu_memory_target {max(int(spec.memory_gb), 1)}."
-        )
-
-
-def check_channels(store: Store, configuration: Configuration) -> None:
-    """Refuse data that was preprocessed with other plans.
-
-    Raises:
-        ValueError: Where a case has another number of channels than the network.
-    """
-    for case_id, entry in store.entries.items():
-        if entry.shape[0] != configuration.num_input_channels:
-            raise ValueError(
-                f"{case_id} in {store.folder} has {entry.shape[0]} channel(s), configuration {configuration.name!r} "
-                f"has {configuration.num_input_channels}. Preprocess with these plans: nnssl_preprocess --overwrite"
-            )
-
-
-def split_cases(store: Store, trainer: PretrainTrainer, seed: int) -> Split:
-    """Hold out patients for validation.
-
-    Raises:
-        ValueError: With fewer than two cases, or where one side of the split would be empty.
-    """
-    if len(store.entries) < MIN_CASES:
-        raise ValueError(
-            f"{store.folder} holds {len(store.entries)} preprocessed case(s); pretraining needs {MIN_CASES} or more: "
-            "one to train on and one held out. Add cases, then run nnssl_plan_and_preprocess again."
-        )
-    subject_of = {case_id: entry.subject for case_id, entry in store.entries.items()}
-    num_subjects = len(set(subject_of.values()))
-    if num_subjects < MIN_CASES:
-        raise ValueError(
-            f"All {len(subject_of)} cases belong to one patient, so the validation split would be empty: patients "
-            "are never divided. Add patients, or correct the subjects in pretrain_data.json."
-        )
-    return split_by_subject(subject_of, trainer.val_fraction, seed)
-
-
 def validation_cases(split: Split, num_crops: int, seed: int) -> tuple[str, ...]:
     """The held-out cases that an epoch's validation looks at: all, or as many as can be shown twice.
 
@@ -237,25 +139,6 @@ def validation_cases(split: Split, num_crops: int, seed: int) -> tuple[str, ...]
     most = max(num_crops // CROPS_PER_VALIDATION_CASE, 1)
     order = generator(seed, "validation cases").permutation(len(split.val))[:most]
     return tuple(split.val[position] for position in sorted(order))
-
-
-def load_or_make_split(spec: RunSpec, store: Store, folder: RunFolder) -> Split:
-    """The split of a run that is there, else a new one.
-
-    Raises:
-        ValueError: Where the store lacks cases that the run was trained on.
-    """
-    if not (spec.resume and folder.splits.exists()):
-        return split_cases(store, spec.trainer, spec.settings.seed)
-    content = read_json(folder.splits)
-    split = Split(train=tuple(content["train"]), val=tuple(content["val"]))
-    missing = [case_id for case_id in (*split.train, *split.val) if case_id not in store.entries]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} cases of the run in {folder.path} are no longer in {store.folder}, the first is "
-            f"{missing[0]}. Preprocess them again (nnssl_preprocess), or start another run with -tag NAME."
-        )
-    return split
 
 
 def content_hashes(store: Store, split: Split) -> list[str]:
@@ -296,29 +179,6 @@ def write_config(folder: RunFolder, spec: RunSpec, world_size: int, precision: s
         "versions": {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}},
     }
     write_json(folder.config, content)
-
-
-def check_identity(folder: RunFolder, now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run under other settings.
-
-    Raises:
-        ValueError: Naming every setting that differs, with both values.
-    """
-    if not folder.config.exists():
-        return
-    before = read_json(folder.config)
-    differences = list(_differences(before, now, ()))
-    if differences:
-        raise ValueError(
-            f"The run in {folder.path} was started with other settings: {'; '.join(differences)}. Resume it with "
-            "those, or train another beside it with -tag NAME."
-        )
-
-
-def _differences(before: Any, now: Any, path: Sequence[str]) -> list[str]:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        return [line for name in now for line in _differences(before.get(name), now[name], (*path, name))]
-    return [] if before == now else [f"{'.'.join(path)} was {before}, now {now}"]
 
 
 @contextmanager
