@@ -90,3 +90,20 @@ def tiny_plan() -> Callable[..., Plan]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_vit_plan(tiny_plan) -> Callable[..., Plan]:
+    """The same for a Primus of two blocks, 24 wide, with tokens of 2x4x4 voxels (2D: 4x4)."""
+    from nnssl_ext.planners.plan import Plan
+    from nnssl_ext.planners.primus import PrimusSize, primus_architecture
+
+    size = PrimusSize(depth=2, num_heads=2, head_width={2: 12, 3: 12})
+
+    def make(patch_size: tuple[int, ...] = (16, 24, 8), channels: int = 1) -> Plan:
+        plan = tiny_plan(patch_size, channels)
+        (configuration,) = plan.raw["configurations"].values()
+        configuration["architecture"] = primus_architecture(size, patch_size, (2, 4, 4)[-len(patch_size) :])
+        return Plan({**plan.raw, "experiment_planner_used": "nnsslPlannerPrimusXS"})
+
+    return make

@@ -138,6 +138,12 @@ def _describe(name: str) -> None:
         setting = row.name.removeprefix("task_config.")
         print(f"  {setting} = {row.default}  ({row.type})")
         print(f"      {' '.join(row.doc.split())}")
+    if trainer.vit:
+        print("\nOn a transformer these are the defaults:")
+        other = {row.name: row.default for row in describe(trainer())}
+        for row in describe(trainer.configured([], "vit")):
+            if row.default != other[row.name]:
+                print(f"  {row.name} = {row.default}")
     print(f"\nChange any of them: nnssl_train DATASET CONFIGURATION -tr {name} --set NAME=VALUE ...")
 
 
@@ -194,7 +200,7 @@ def _spec(args: argparse.Namespace) -> RunSpec:
     lengths = {name: getattr(args, name) for name in ("num_epochs", "steps_per_epoch")}
     short = [f"{name}={value}" for name, value in lengths.items() if value is not None]
     return RunSpec(
-        trainer=TRAINERS.get(args.trainer).configured([*args.set, *short]),
+        trainer=TRAINERS.get(args.trainer).configured([*args.set, *short], configuration.backbone),
         plan=plan,
         configuration=configuration,
         data_folder=dataset / configuration.data_identifier,

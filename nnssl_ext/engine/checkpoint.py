@@ -27,6 +27,7 @@ from nnssl_ext.engine.task import PretextTask, PretrainTrainer
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.planners.architecture import Topology, resenc_architecture
 from nnssl_ext.planners.plan import Configuration, Plan
+from nnssl_ext.planners.primus import primus_name
 
 RELEASED_KEYS = (
     "network_weights",
@@ -36,9 +37,13 @@ RELEASED_KEYS = (
     "nnssl_pretraining",
     "nnssl_content_hashes",
 )
-CITATIONS = (
+ARCHITECTURES = {
+    "cnn": {"type": "Architecture", "name": "Residual encoder U-Net", "paper": "arXiv:2404.09556"},
+    "vit": {"type": "Architecture", "name": "Primus", "paper": "arXiv:2503.01835"},
+}
+"""What to cite for each kind of backbone."""
+FRAMEWORKS = (
     {"type": "Framework", "name": "nnU-Net", "paper": "doi:10.1038/s41592-020-01008-z"},
-    {"type": "Architecture", "name": "Residual encoder U-Net", "paper": "arXiv:2404.09556"},
     {"type": "Framework", "name": "nnssl, the checkpoint's format", "paper": "arXiv:2412.17041"},
 )
 
@@ -66,13 +71,13 @@ def build_checkpoint(
     configuration = task.configuration
     checkpoint = {
         "network_weights": task.export_network().state_dict(),
-        "citations": citations(trainer),
+        "citations": citations(trainer, task.encoder.kind),
         "nnssl_adaptation_plan": adaptation_plan(plan, configuration, task.encoder),
         "nnssl_plans": {**plan.raw, "configurations": {configuration.name: _own_settings(configuration)}},
         "nnssl_pretraining": {
             "trainer": type(trainer).__name__,
             "recipe": to_dict(trainer),
-            "trains_decoder": task.info.trains_decoder,
+            "trains_decoder": task.info.trains_decoder and task.encoder.kind == "cnn",
             "num_cases": task.num_cases,
         },
         "nnssl_content_hashes": sorted(content_hashes),
@@ -85,10 +90,10 @@ def released(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {key: checkpoint[key] for key in RELEASED_KEYS}
 
 
-def citations(trainer: PretrainTrainer) -> list[dict[str, str]]:
-    """What to cite when using weights of this trainer: type, name and paper of each."""
+def citations(trainer: PretrainTrainer, backbone: str) -> list[dict[str, str]]:
+    """What to cite when using weights of this trainer on that kind of backbone: type, name and paper of each."""
     method = {"type": "Pretraining Method", "name": type(trainer).__name__, "paper": trainer.task.info.paper}
-    return [method, *(dict(entry) for entry in CITATIONS)]
+    return [method, dict(ARCHITECTURES[backbone]), *(dict(entry) for entry in FRAMEWORKS)]
 
 
 def adaptation_plan(plan: Plan, configuration: Configuration, encoder: Encoder) -> dict[str, Any]:
@@ -128,8 +133,9 @@ def resenc_l() -> dict[str, Any]:
 
 
 def _architecture_plans(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    if architecture == resenc_l():
-        return {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None}
+    name = "ResEncL" if architecture == resenc_l() else primus_name(architecture)
+    if name is not None:
+        return {"arch_class_name": name, "arch_kwargs": None, "arch_kwargs_requiring_import": None}
     return {
         "arch_class_name": architecture["network_class_name"],
         "arch_kwargs": architecture["arch_kwargs"],

@@ -26,6 +26,11 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 
 Views = dict[str, torch.Tensor]
+VIT_RECIPE: Mapping[str, Any] = {
+    "optim": OptimConfig(name="adamw", lr=3e-4, weight_decay=5e-2, betas=(0.9, 0.98), clip=1.0, decay_vectors=False),
+    "schedule": ScheduleConfig(name="poly", warmup_steps=50 * 250),
+}
+"""What transformers are pretrained with (Wald et al. 2024, arXiv:2412.17041): AdamW, 50 epochs of warm-up."""
 TrainerT = TypeVar("TrainerT", bound="PretrainTrainer")
 
 
@@ -40,7 +45,8 @@ class TaskInfo:
     encoders: AbstractSet[str]
     """Kinds of backbone it runs on: "cnn", "vit"."""
     trains_decoder: bool = False
-    """Whether the exported decoder was trained as well, so that fine-tuning may start from it."""
+    """Whether the decoder that a CNN exports was trained as well, so that fine-tuning may start from it. That of a
+    transformer never serves another task: its widths follow the number of classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +147,8 @@ class PretrainTrainer:
     task: ClassVar[type[PretextTask]]
     cost: ClassVar[StepCost]
     """What a step holds in memory, for the planner."""
+    vit: ClassVar[Mapping[str, Any]] = {}
+    """Settings whose defaults are others where the plan's backbone is a transformer."""
 
     task_config: Any = None
     """The task's own settings; `--set` reaches them without a prefix."""
@@ -196,13 +204,23 @@ class PretrainTrainer:
         Raises:
             ValueError: Where the task does not run on that backbone or patch size.
         """
+        if configuration.backbone not in self.task.info.encoders:
+            kinds = " or ".join(sorted(self.task.info.encoders))
+            raise ValueError(
+                f"{type(self).__name__} runs on a {kinds}, and configuration {configuration.name!r} plans a "
+                f"{configuration.backbone}. Plan another network: nnssl_plan_experiment -d DATASET -pl PLANNER"
+            )
         return self.task(self.task_config, configuration, num_cases)
 
     @classmethod
-    def configured(cls: type[TrainerT], overrides: Sequence[str] = ()) -> TrainerT:
+    def configured(cls: type[TrainerT], overrides: Sequence[str] = (), backbone: str = "cnn") -> TrainerT:
         """The recipe with `name=value` settings applied, as `--set` takes them.
 
         A name is a field of the recipe (`num_epochs`, `optim.lr`) or of the task's config (`mask_ratio`).
+
+        Args:
+            overrides: The settings.
+            backbone: Kind of the plan's network, `cnn` or `vit`; it decides the defaults.
 
         Raises:
             ValueError: If a name is unknown or a value does not fit; the message lists the valid names.
@@ -218,7 +236,7 @@ class PretrainTrainer:
                     f"{', '.join(sorted(own))} (recipe). See nnssl_train -tr {cls.__name__} --describe."
                 )
             paths.append(f"task_config.{override}" if name in of_task else override)
-        return apply_overrides(cls(), paths)
+        return apply_overrides(cls(**cls.vit) if backbone == "vit" else cls(), paths)
 
 
 TRAINERS: Registry[type[PretrainTrainer]] = Registry("trainer", "nnssl_ext.trainers")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.core.records import read_json, write_json
+from nnssl_ext.planners.primus import PRIMUS_CLASS
 
 REQUIRED_KEYS = (
     "dataset_name",
@@ -67,8 +68,13 @@ class Configuration:
         return len(self.normalization_schemes)
 
     @property
+    def backbone(self) -> str:
+        """Kind of the network, as methods name what they run on: `vit` for Primus, else `cnn`."""
+        return "vit" if self.architecture["network_class_name"] == PRIMUS_CLASS else "cnn"
+
+    @property
     def strides(self) -> tuple[tuple[int, ...], ...]:
-        """Downsampling of each stage per axis; empty where the architecture has no stages (a ViT)."""
+        """Downsampling of each stage per axis; of a ViT three whose product is the token."""
         return tuple(tuple(stride) for stride in self.architecture["arch_kwargs"].get("strides", ()))
 
 

@@ -25,6 +25,7 @@ from nnssl_ext.planners.rules import (
     choose_patch,
     estimate_memory,
     patch_candidates,
+    topology,
 )
 from nnssl_ext.planners.spacing import (
     is_two_dimensional,
@@ -134,19 +135,19 @@ class nnsslPlanner:  # noqa: N801 - nnU-Net's naming of planners
         manifest: Manifest,
     ) -> dict[str, Any]:
         schemes = [self._normalization(channel) for channel in manifest.channel_names]
-        topology, batch_size = self._patch_and_batch(spacing, median_shape, len(fingerprint.cases), len(schemes))
+        chosen, batch_size = self._patch_and_batch(spacing, median_shape, len(fingerprint.cases), len(schemes))
         masked = fingerprint.median_relative_size_after_cropping < CROP_RATIO_FOR_MASK
         return {
             "data_identifier": f"{self.options.plans_name}_{name}",
             "preprocessor_name": "DefaultPreprocessor",
             "batch_size": batch_size,
-            "patch_size": list(topology.patch_size),
+            "patch_size": list(chosen.patch_size),
             "median_image_size_in_voxels": list(median_shape),
             "spacing": list(spacing),
             "normalization_schemes": schemes,
             "use_mask_for_norm": [masked and scheme == "ZScoreNormalization" for scheme in schemes],
             **resampling_keys(self.options.spacing == "noresample"),
-            "architecture": self.architecture(topology),
+            "architecture": self.architecture(chosen),
             "batch_dice": name == "2d",
         }
 
@@ -159,18 +160,22 @@ class nnsslPlanner:  # noqa: N801 - nnU-Net's naming of planners
             blocks=self.blocks,
         )
 
+    def topology(self, spacing: Sequence[float], patch_size: Sequence[int]) -> Topology:
+        """What the network asks of a patch: its strides, and the patch padded up to what they divide."""
+        return topology(spacing, patch_size)
+
     def _patch_and_batch(
         self, spacing: Sequence[float], median_shape: Sequence[float], num_cases: int, num_channels: int
     ) -> tuple[Topology, int]:
         dims = len(spacing)
 
-        def memory(topology: Topology, batch_size: int) -> float:
-            return self._memory(self.architecture(topology), topology.patch_size, batch_size, num_channels)
+        def memory(candidate: Topology, batch_size: int) -> float:
+            return self._memory(self.architecture(candidate), candidate.patch_size, batch_size, num_channels)
 
-        def max_batch_size(topology: Topology) -> int:
-            return round(DATASET_SHARE * num_cases * prod(median_shape) / prod(topology.patch_size))
+        def max_batch_size(candidate: Topology) -> int:
+            return round(DATASET_SHARE * num_cases * prod(median_shape) / prod(candidate.patch_size))
 
-        candidates = patch_candidates(spacing, median_shape, self.max_edge[dims] ** dims)
+        candidates = patch_candidates(spacing, median_shape, self.max_edge[dims] ** dims, self.topology)
         return choose_patch(candidates, memory, self.memory_target, max_batch_size)
 
     def _memory(

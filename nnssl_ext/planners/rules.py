@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from nnssl_ext.planners.architecture import Topology, measure_unet
+from nnssl_ext.planners.architecture import RESENC_CLASS, Size, Topology, measure_unet
+from nnssl_ext.planners.primus import PRIMUS_CLASS, measure_primus
 
 GIBIBYTE = 2**30
 MIXED_PRECISION_BYTES = 2
@@ -23,6 +24,8 @@ MIN_PATCH_EDGE = {2: 64, 3: 32}
 MAX_PADDED = 1.5
 NO_LIMIT = 999999
 DATASET_SHARE = 0.05
+MEASURES: Mapping[str, Callable[..., Size]] = {RESENC_CLASS: measure_unet, PRIMUS_CLASS: measure_primus}
+"""How the networks are measured whose memory can be estimated, by class name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,12 @@ class StepCost:
     """Copies of the weights on the device: 1 for the network alone, 2 with a teacher."""
     decoder: bool = True
     """Whether the step runs the decoder."""
+    tokens: float = 1.0
+    """Share of its tokens that a transformer's encoder sees, in (0, 1]; a U-Net sees every voxel."""
 
     def __post_init__(self) -> None:
+        if not 0 < self.tokens <= 1:
+            raise ValueError(f"tokens={self.tokens} must lie in (0, 1]")
         if self.views <= 0 or self.copies < 1:
             raise ValueError(f"a step has more than 0 views and at least 1 copy, not {self.views} and {self.copies}")
 
@@ -54,8 +61,9 @@ def estimate_memory(
 
     Four parts, each a count times its bytes:
 
-    - activations kept for the gradient: per convolution its output and the normalised one (the activation works in
-      place), per decoder stage the concatenation of skip and upsampled features; for each view and sample;
+    - activations kept for the gradient, for each view and sample. In a U-Net: per convolution its output and the
+      normalised one (the activation works in place), per decoder stage the concatenation of skip and upsampled
+      features. In a transformer: what each block keeps of the tokens it sees (see `measure_primus`);
     - what lives for a moment in the backward pass: `TRANSIENT_MAPS` maps of the largest size, per sample;
     - parameters in fp32: weights, gradients and two optimiser slots (AdamW; SGD has one);
     - one more set of weights for each further copy (a teacher).
@@ -64,7 +72,7 @@ def estimate_memory(
     Published for ResEnc L, MAE, bf16, 192³, batch 2, SGD on an H200: 18.3 GiB; this gives 18.6.
 
     Args:
-        architecture: nnU-Net's `architecture` block of a residual-encoder U-Net.
+        architecture: nnU-Net's `architecture` block of a residual-encoder U-Net or of Primus.
         patch_size: Voxels per axis.
         batch_size: Samples per step and device.
         cost: Of the trainer's step.
@@ -74,8 +82,15 @@ def estimate_memory(
     Raises:
         ValueError: If the architecture is not known.
     """
-    size = measure_unet(architecture, patch_size, num_channels, num_channels)
-    parameters, kept = size.encoder_parameters, size.encoder_values
+    name = architecture["network_class_name"]
+    if name not in MEASURES:
+        raise ValueError(
+            f"the size of {name} is not known, only that of {' and '.join(MEASURES)}. Set batch and patch size in the "
+            "plans by hand"
+        )
+    size = MEASURES[name](architecture, patch_size, num_channels, num_channels)
+    seen = cost.tokens if name == PRIMUS_CLASS else 1.0
+    parameters, kept = size.encoder_parameters, seen * size.encoder_values
     if cost.decoder:
         parameters, kept = parameters + size.decoder_parameters, kept + size.decoder_values
     values = batch_size * (cost.views * kept + TRANSIENT_MAPS * size.largest_map)
@@ -126,7 +141,12 @@ def largest_patch(spacing: Sequence[float], median_shape: Sequence[float], max_v
     return tuple(max(1, round(size)) for size in patch)
 
 
-def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float], max_voxels: float) -> Iterator[Topology]:
+def patch_candidates(
+    spacing: Sequence[float],
+    median_shape: Sequence[float],
+    max_voxels: float,
+    topology: Callable[[Sequence[float], Sequence[int]], Topology] = topology,
+) -> Iterator[Topology]:
     """Patches from the largest downwards, each with its topology; each has fewer voxels than the one before.
 
     As in nnU-Net the axis that covers most of the median case shrinks first, by the least step that the topology of the
@@ -137,6 +157,7 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float], ma
         spacing: mm per axis.
         median_shape: Voxels of the median case per axis.
         max_voxels: Most voxels of a patch; one that covers the median case may instead be half as large again as it.
+        topology: Of a patch for a spacing; a transformer's is `token_topology`.
     """
     dims, patch, floor = len(spacing), largest_patch(spacing, median_shape, max_voxels), 1
     current = topology(spacing, patch)
@@ -151,14 +172,19 @@ def patch_candidates(spacing: Sequence[float], median_shape: Sequence[float], ma
         if prod(current.patch_size) <= limit and len(current.strides) >= MIN_STAGES:
             found, limit = True, prod(current.patch_size) - 1
             yield current
-        current = _shrink(spacing, median_shape, current)
+        current = _shrink(spacing, median_shape, current, topology)
         if prod(current.patch_size) < least:
             break
     if not found:
         yield first
 
 
-def _shrink(spacing: Sequence[float], median_shape: Sequence[float], current: Topology) -> Topology:
+def _shrink(
+    spacing: Sequence[float],
+    median_shape: Sequence[float],
+    current: Topology,
+    topology: Callable[[Sequence[float], Sequence[int]], Topology],
+) -> Topology:
     covered = [size / whole for size, whole in zip(current.patch_size, median_shape, strict=True)]
     axis = covered.index(max(covered))
     smaller = list(current.patch_size)

@@ -1,28 +1,35 @@
 """Masked autoencoders: hide most of a volume, let the network restore it, count the error where it could not look.
 
-Random blocks are set to 0, which is the mean after z-scoring, and the whole U-Net (encoder, skips, decoder) predicts
-the voxels. What it learns of anatomy on the way serves segmentation; encoder and decoder both go to fine-tuning.
+On a U-Net, random blocks are set to 0, which is the mean after z-scoring, and the whole network (encoder, skips,
+decoder) predicts the voxels; encoder and decoder both go to fine-tuning. On a transformer, most tokens are left out,
+the encoder sees the rest alone, and a light decoder predicts the others' voxels; the encoder goes to fine-tuning.
 
-Papers: He et al. 2022 (arXiv:2111.06377); for the 3D U-Net, Wald et al. 2024 (arXiv:2410.23132). As in the latter and
-other than in the former, the encoder sees hidden blocks as zeros, since a convolution cannot leave them out. Other than
-in both, padding of volumes smaller than the patch is neither hidden nor counted.
+Papers: He et al. 2022 (arXiv:2111.06377); for volumes, Wald et al. 2024 (arXiv:2410.23132, arXiv:2412.17041). The
+U-Net sees hidden blocks as zeros, since a convolution cannot leave them out. Other than in all three, padding of
+volumes smaller than the patch is neither seen nor counted: a token that holds any is never visible, and of its voxels
+only the real ones are asked for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
+from torch import nn
 
 from nnssl_ext.core.random import SampleRandom
-from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
+from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_mse
+from nnssl_ext.models.primus import PrimusEncoder, build_primus, export_primus
 from nnssl_ext.models.resenc import build_unet, export_unet
+from nnssl_ext.models.token_decoder import TokenDecoder
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.masks import block_mask
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.tokens import hidden_voxels, keep_tokens, num_visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +37,14 @@ class MAEConfig:
     """Settings of masked autoencoders."""
 
     mask_ratio: float = 0.75
-    """Share of the voxels that is hidden, in (0, 1). He et al. 2022."""
+    """Share of the voxels (on a transformer: of the tokens) that is hidden, in (0, 1). He et al. 2022."""
     block_size: int = 16
-    """Edge of a hidden block in voxels, 1 or more; blocks at the far border are clipped. Wald et al. 2024."""
+    """Edge of a hidden block in voxels, 1 or more; blocks at the far border are clipped. Wald et al. 2024. On a
+    transformer the token is hidden instead."""
+    decoder_depth: int = 2
+    """Blocks of a transformer's decoder, 1 or more. A U-Net has its own decoder."""
+    decoder_heads: float = 0.5
+    """Attention heads of a transformer's decoder as a share of the encoder's, above 0; at least one, and as wide."""
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
     """How crops are flipped, rotated and scaled in training."""
 
@@ -41,6 +53,10 @@ class MAEConfig:
             raise ValueError(f"mask_ratio={self.mask_ratio} must lie in (0, 1).")
         if self.block_size < 1:
             raise ValueError(f"block_size={self.block_size} must be 1 or more.")
+        if self.decoder_depth < 1:
+            raise ValueError(f"decoder_depth={self.decoder_depth} must be 1 or more.")
+        if not self.decoder_heads > 0:
+            raise ValueError(f"decoder_heads={self.decoder_heads} must be above 0.")
 
 
 class MAE(PretextTask):
@@ -50,37 +66,45 @@ class MAE(PretextTask):
     info = TaskInfo(
         idea="hide blocks of the image and restore them",
         paper="arXiv:2111.06377",
-        encoders={"cnn"},
+        encoders={"cnn", "vit"},
         trains_decoder=True,
     )
     config: MAEConfig
 
     def __init__(self, config: MAEConfig, configuration: Configuration, num_cases: int) -> None:
-        """Builds the plan's U-Net with one output per input channel.
+        """Builds the plan's network with one output per input channel.
 
         Raises:
-            ValueError: Where one block covers the whole patch, or the network cannot be built.
+            ValueError: Where all or nothing of the patch would be hidden, or the network cannot be built.
         """
         super().__init__(config, configuration, num_cases)
-        if all(size <= config.block_size for size in configuration.patch_size):
-            raise ValueError(
-                f"block_size={config.block_size} covers the whole patch {configuration.patch_size}: all or nothing "
-                f"would be hidden. Set a smaller one: --set block_size={min(configuration.patch_size) // 2}"
-            )
-        self.encoder, self.decoder = build_unet(configuration, configuration.num_input_channels)
+        self.decoder: nn.Module
+        if configuration.backbone == "vit":
+            self.encoder = build_primus(configuration)
+            _check_tokens(prod(self.encoder.grid), config.mask_ratio)
+            num_heads = max(1, round(config.decoder_heads * self.encoder.num_heads))
+            self.decoder = TokenDecoder(self.encoder, configuration.num_input_channels, config.decoder_depth, num_heads)
+        else:
+            _check_block(config.block_size, configuration.patch_size)
+            self.encoder, self.decoder = build_unet(configuration, configuration.num_input_channels)
 
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
         """Crops, moved about in training, and which of their voxels are hidden.
 
         Returns:
-            `target` (B, C, *patch); `hidden` and `valid` (B, 1, *patch), bool.
+            `target` (B, C, *patch); `hidden` and `valid` (B, 1, *patch), bool; for a transformer also `kept` (B, n),
+            the visible tokens, and -1 at the end where there are fewer.
         """
         target, valid = batch.data, batch.valid
         if train:
             moved = spatial_view(target, valid, batch.spacing, random.child("spatial"), self.config.spatial)
             target, valid = moved.data, moved.valid
-        shape, config = target.shape[2:], self.config
-        hidden = block_mask(random.child("mask"), shape, config.block_size, config.mask_ratio, valid=valid)
+        shape, config, mask = target.shape[2:], self.config, random.child("mask")
+        if isinstance(self.encoder, PrimusEncoder):
+            token_size = self.encoder.token_size
+            kept = keep_tokens(mask, valid, token_size, config.mask_ratio)
+            return {"target": target, "hidden": hidden_voxels(kept, token_size, shape), "valid": valid, "kept": kept}
+        hidden = block_mask(mask, shape, config.block_size, config.mask_ratio, valid=valid)
         return {"target": target, "hidden": hidden, "valid": valid}
 
     def forward(self, views: Views) -> StepOutput:
@@ -88,7 +112,7 @@ class MAE(PretextTask):
         target, hidden, valid = views["target"], views["hidden"], views["valid"]
         visible = ~hidden & valid
         masked = torch.where(visible, target, 0)
-        output = self.decoder(self.encoder(masked))
+        output = self._restore(masked, views)
         loss = masked_mse(output, target, hidden, valid)
         metrics = {
             "mse": loss.detach(),
@@ -98,9 +122,31 @@ class MAE(PretextTask):
         images = None if self.training else {"input": target, "masked": masked, "output": output.detach()}
         return StepOutput(loss=loss, metrics=metrics, images=images)
 
-    def export_network(self) -> torch.nn.Module:
-        """The whole U-Net, encoder and decoder as trained; see `PretextTask.export_network`."""
+    def _restore(self, masked: torch.Tensor, views: Views) -> torch.Tensor:
+        if isinstance(self.encoder, PrimusEncoder):
+            return self.decoder(self.encoder.tokens(masked, views["kept"]), views["kept"])
+        return self.decoder(self.encoder(masked))
+
+    def export_network(self) -> nn.Module:
+        """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
+        if isinstance(self.encoder, PrimusEncoder):
+            return export_primus(self.configuration, self.encoder)
         return export_unet(self.configuration, self.encoder, self.decoder)
+
+
+def _check_block(block_size: int, patch_size: tuple[int, ...]) -> None:
+    if all(size <= block_size for size in patch_size):
+        raise ValueError(
+            f"block_size={block_size} covers the whole patch {patch_size}: all or nothing would be hidden. Set a "
+            f"smaller one: --set block_size={min(patch_size) // 2}"
+        )
+
+
+def _check_tokens(num_tokens: int, mask_ratio: float) -> None:
+    if num_visible(num_tokens, mask_ratio) == num_tokens:
+        raise ValueError(
+            f"mask_ratio={mask_ratio} hides none of a patch's {num_tokens} tokens: raise it, or plan a larger patch"
+        )
 
 
 def _visible_mean(target: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -112,7 +158,11 @@ def _visible_mean(target: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
 
 @TRAINERS.register
 class MAETrainer(PretrainTrainer):
-    """Masked autoencoders with the recipe of Wald et al. 2024 for the U-Net: nnU-Net's SGD over 1000 x 250 steps."""
+    """Masked autoencoders with the recipes of Wald et al. 2024 over 1000 x 250 steps.
+
+    On a U-Net nnU-Net's SGD, on a transformer AdamW with warm-up.
+    """
 
     task = MAE
-    cost = StepCost(views=1, copies=1, decoder=True)
+    cost = StepCost(views=1, copies=1, decoder=True, tokens=0.25)
+    vit = VIT_RECIPE

@@ -219,7 +219,8 @@ def test_unknown_planner_and_empty_dataset_are_refused():
         plan_for("nnsslPlannerResEnL")
     with pytest.raises(ValueError, match="no readable case"):
         plan_for(shapes=[])
-    assert PLANNERS.names() == sorted(["nnsslPlanner", *PRESETS])
+    transformers = [f"nnsslPlannerPrimus{size}" for size in ("XS", "S", "M", "L")]
+    assert PLANNERS.names() == sorted(["nnsslPlanner", *PRESETS, *transformers])
 
 
 def test_saved_beside_dataset_json_with_the_users_configurations_kept(tmp_path):

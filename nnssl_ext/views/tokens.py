@@ -1,0 +1,80 @@
+"""Which tokens of a crop a transformer may see. A token is a box of voxels; tokens tile the crop, last axis fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.views.masks import upsample_blocks
+
+
+def keep_tokens(random: SampleRandom, valid: Tensor, token_size: Sequence[int], ratio: float) -> Tensor:
+    """Draws the tokens that stay visible, at random, from those that hold no padding.
+
+    A token with any padding is never visible, since its embedding would carry it. Of the other tokens of a sample the
+    share `1 - ratio` is kept, at least one; so a sample with padding keeps fewer, whatever else is in the batch.
+
+    Args:
+        random: Keyed by sample.
+        valid: (B, 1, *patch), bool; True on real voxels.
+        token_size: Voxels of a token per axis; they divide the patch.
+        ratio: Share of the tokens to hide, in [0, 1).
+
+    Returns:
+        (B, n), int64, with n the number kept of a crop without padding: indices in rising order, then -1.
+
+    Raises:
+        ValueError: If the ratio is out of range.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio={ratio} must lie in [0, 1).")
+    whole = whole_tokens(valid, token_size)
+    num_tokens = whole.shape[1]
+    order = torch.from_numpy(random.permutation("tokens", num_tokens)).to(valid.device)
+    usable = whole.gather(1, order)
+    wanted = ((1 - ratio) * whole.sum(1, keepdim=True, dtype=torch.float64)).round().clamp(min=1)
+    chosen = usable & (usable.cumsum(1) <= wanted)
+    places = torch.where(chosen, order, num_tokens).sort(1).values[:, : num_visible(num_tokens, ratio)]
+    return torch.where(places < num_tokens, places, -1)
+
+
+def num_visible(num_tokens: int, ratio: float) -> int:
+    """How many of so many tokens stay visible; at least one."""
+    return max(1, round((1 - ratio) * num_tokens))
+
+
+def whole_tokens(valid: Tensor, token_size: Sequence[int]) -> Tensor:
+    """Which tokens hold no padding.
+
+    Args:
+        valid: (B, 1, *patch), bool.
+        token_size: Voxels of a token per axis.
+
+    Returns:
+        (B, tokens), bool.
+    """
+    whole = valid
+    for axis, edge in enumerate(token_size, start=2):
+        whole = whole.unflatten(axis, (-1, edge)).all(axis + 1)
+    return whole.flatten(1)
+
+
+def hidden_voxels(kept: Tensor, token_size: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The voxels of all tokens that are not kept.
+
+    Args:
+        kept: (B, n), as `keep_tokens` gives it.
+        token_size: Voxels of a token per axis.
+        shape: The patch.
+
+    Returns:
+        (B, 1, *shape), bool.
+    """
+    grid = [size // edge for size, edge in zip(shape, token_size, strict=True)]
+    hidden = torch.ones(len(kept), prod(grid) + 1, dtype=torch.bool, device=kept.device)
+    hidden.scatter_(1, torch.where(kept >= 0, kept, prod(grid)), False)  # -1 is written behind the last token
+    return upsample_blocks(hidden[:, :-1].reshape(-1, 1, *grid), token_size, shape)
