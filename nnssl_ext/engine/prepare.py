@@ -15,9 +15,8 @@ from nnssl_ext.engine.device import resolve_device, resolve_precision
 from nnssl_ext.engine.distributed import World
 from nnssl_ext.engine.run import RunFolder, RunSpec, identity
 from nnssl_ext.engine.task import PretrainTrainer
-from nnssl_ext.planners.architecture import RESENC_CLASS
 from nnssl_ext.planners.plan import Configuration
-from nnssl_ext.planners.rules import FULL_PRECISION_BYTES, MIXED_PRECISION_BYTES, estimate_memory
+from nnssl_ext.planners.rules import FULL_PRECISION_BYTES, MEASURES, MIXED_PRECISION_BYTES, estimate_memory
 from nnssl_ext.preprocessing.store import Store
 
 MIN_CASES = 2
@@ -107,7 +106,7 @@ def check_memory(spec: RunSpec, precision: str) -> None:
         ValueError: Where the estimate of the planner's rules exceeds the memory.
     """
     configuration = spec.configuration
-    if spec.memory_gb is None or configuration.architecture["network_class_name"] != RESENC_CLASS:
+    if spec.memory_gb is None or configuration.architecture["network_class_name"] not in MEASURES:
         return
     needed = estimate_memory(
         configuration.architecture,
