@@ -14,7 +14,7 @@ from nnssl_ext.engine.checkpoint import RELEASED_KEYS, load_checkpoint
 from nnssl_ext.engine.loop import Outcome, pretrain
 from nnssl_ext.engine.steps import Stepper
 from nnssl_ext.preprocessing.index import Index, read_index, write_index
-from tests.engine.conftest import write_store
+from tests.engine.conftest import RECIPE, write_store
 
 EVERYTHING = {
     "checkpoint_best.pth",
@@ -320,3 +320,21 @@ def test_settings_out_of_range_are_named(make_spec, field):
 def test_a_store_that_is_not_there_names_the_command(make_spec, tmp_path):
     with pytest.raises(FileNotFoundError, match="nnssl_preprocess"):
         pretrain(replace(make_spec(), data_folder=tmp_path / "nowhere"))
+
+
+def test_a_transformer_is_stopped_and_resumed_to_the_same_numbers(make_spec, tiny_vit_plan, monkeypatch):
+    """With drop path, which draws from torch's own generator."""
+    plan = tiny_vit_plan()
+    specs = []
+    for name in ("whole", "stopped"):
+        spec = make_spec(name=name, plan=plan)
+        trainer = type(spec.trainer).configured([*RECIPE[1:], "optim.lr=1e-3"], "vit")
+        specs.append(replace(spec, trainer=trainer))
+    pretrain(specs[0])
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, signal.SIGTERM)
+        assert pretrain(specs[1]) is Outcome.STOPPED
+    pretrain(replace(specs[1], resume=True))
+    whole, stopped = ((spec.folder / "metrics.jsonl").read_bytes() for spec in specs)
+    assert stopped == whole
+    assert "token_spread" in records(specs[0].folder)[0]
