@@ -1,8 +1,9 @@
 """Preprocessed volumes on disk: one small-block blosc2 file per case, cropped without decoding the rest.
 
 A file holds the array and, in its metadata, the properties of the case and a coarse bit-packed grid of where its
-foreground is. Zstandard at level 1 behind a byte shuffle, in blocks of 32 voxels an edge, was the best of the measured
-ways to write float16 volumes fast and small and to read crops from them (docs/data_format.md has the figures).
+foreground is. A volume is written once and read thousands of times, so the codec is the one that decodes twice as fast
+as the smallest (LZ4-HC at level 1 behind a byte shuffle, in blocks of 32 voxels an edge), for a sixth more bytes;
+`benchmarks/bench_store.py` measures the choice and docs/performance.md has its figures.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from nnssl_ext.preprocessing.index import IndexEntry, read_index
 from nnssl_ext.preprocessing.layout import StorageType, block_shape, chunk_shape, occupancy_grid, to_storage
 
 SUFFIX = ".b2nd"
-COMPRESSION_LEVEL = 1
+COMPRESSION = {"codec": blosc2.Codec.LZ4HC, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+"""blosc2's parameters for every case."""
 
 
 def write_case(
@@ -101,13 +103,7 @@ def _encode(
     _single_threaded()
     block = block_shape(array.shape[1:])
     chunk = chunk_shape(array.shape[1:])
-    compression = {
-        "codec": blosc2.Codec.ZSTD,
-        "clevel": COMPRESSION_LEVEL,
-        "filters": [blosc2.Filter.SHUFFLE],
-        "nthreads": 1,
-    }
-    stored = blosc2.asarray(array, chunks=(1, *chunk), blocks=(1, *block), cparams=compression)
+    stored = blosc2.asarray(array, chunks=(1, *chunk), blocks=(1, *block), cparams=COMPRESSION)
     stored.schunk.vlmeta["properties"] = json.dumps(properties, allow_nan=False)
     stored.schunk.vlmeta["occupancy"] = [list(cell), list(grid.shape), np.packbits(grid).tobytes()]
     return stored.to_cframe()
