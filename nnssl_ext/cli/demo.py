@@ -14,9 +14,10 @@ from pathlib import Path
 from nnssl_ext.cli.common import USER_ERROR, command
 
 PRETRAIN_ID, LABELLED_ID = 1, 2
-EPOCH_STEPS = 50
-OPTIMIZER = "optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16"
-"""Both arms' recipe: nnU-Net's SGD needs thousands of steps before it leaves the background."""
+EPOCH_STEPS = 25
+PRETRAIN_OPTIMIZER = "optim.name=adamw optim.lr=0.001 optim.weight_decay=0.01"
+FINETUNE_OPTIMIZER = "optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16"
+"""Recipes for hundreds of steps. The published ones use SGD, whose deep layers hardly move in that time."""
 MIN_SCRATCH_DICE = 0.3
 """Below this the scratch arm learned nothing, and comparing with it says nothing."""
 
@@ -36,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num_cases", type=int, default=44, help="phantoms to make (default: 44)")
     p.add_argument("--unlabelled", type=int, default=24, help="cases to pretrain on, without labels (default: 24)")
     p.add_argument("--num_train", nargs="+", default=["5"], help="labelled cases to fine-tune on, or all (default: 5)")
-    p.add_argument("--pretrain_epochs", type=int, default=6, help=f"of {EPOCH_STEPS} steps each (default: 6)")
-    p.add_argument("--finetune_epochs", type=int, default=5, help=f"of {EPOCH_STEPS} steps each (default: 5)")
+    p.add_argument("--pretrain_epochs", type=int, default=12, help=f"of {EPOCH_STEPS} steps each (default: 12)")
+    p.add_argument("--finetune_epochs", type=int, default=10, help=f"of {EPOCH_STEPS} steps each (default: 10)")
     p.add_argument("-np", "--num_processes", type=int, default=2, help="worker processes (default: 2)")
     return p
 
@@ -83,9 +84,8 @@ def _commands(args: argparse.Namespace, source: Path, folder: Path) -> list[tupl
     checkpoint = folder / f"results/Dataset{PRETRAIN_ID:03d}_DemoUnlabelled" / run / "fold_all/checkpoint_final.pth"
     workers = f"-np {args.num_processes}"
     finetune = _words("nnssl_plan_finetuning", f"-d {LABELLED_ID} -pc", checkpoint, workers)
-    recipe = (
-        f"num_epochs={args.finetune_epochs} iterations_per_epoch={EPOCH_STEPS} val_iterations_per_epoch=4 {OPTIMIZER}"
-    )
+    length = f"num_epochs={args.finetune_epochs} iterations_per_epoch={EPOCH_STEPS} val_iterations_per_epoch=4"
+    recipe = f"{length} {FINETUNE_OPTIMIZER}"
     return [
         (
             "convert: some cases become a dataset without labels",
@@ -103,7 +103,7 @@ def _commands(args: argparse.Namespace, source: Path, folder: Path) -> list[tupl
             _words(
                 f"nnssl_train {PRETRAIN_ID} 3d_fullres -tr MAETrainer -tag demo -device cpu --c -batch_size 4",
                 f"-num_epochs {args.pretrain_epochs} -steps_per_epoch {EPOCH_STEPS} --save_every 1",
-                "--set val_steps_per_epoch=4 block_size=8",
+                f"--precision bf16 --set val_steps_per_epoch=4 block_size=8 {PRETRAIN_OPTIMIZER}",
             ),
         ),
         (
@@ -128,7 +128,7 @@ def _words(*parts: str | Path) -> list[str]:
 
 def _run(line: Sequence[str], environment: dict[str, str]) -> None:
     module = f"nnssl_ext.cli.{line[0].removeprefix('nnssl_')}"
-    code = f"from {module} import main; main()"
+    code = f"import sys; sys.argv[0] = {line[0]!r}; from {module} import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *line[1:]], env=environment, check=False)
     if done.returncode:
         print(f"\nerror: that command ended with status {done.returncode}; the demo stops here", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Plans, preprocesses, and prints the commands that train."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(words)
     from nnssl_ext.core.executor import make_executor
     from nnssl_ext.core.logs import configure_logging
     from nnssl_ext.finetuning.nnunet_dataset import preprocess
@@ -99,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ignore_keys=args.ignore_keys,
         splits=read_splits(args.splits) if args.splits else None,
         num_processes=args.np,
+        command=["nnssl_plan_finetuning", *words],
         **parse_settings(args.set),
     )
     if not args.no_preprocess:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_STAGE = re.compile(r"^encoder\.stages\.(\d+)\.")
+_STAGE = re.compile(r"^(?:encoder\.stages|eva\.blocks)\.(\d+)\.")
+ENCODER_PREFIXES = ("encoder.", "down_projection.", "eva.", "register_tokens")
+"""How the names of an encoder's parameters begin: nnU-Net's U-Nets have one module for it, Primus has three."""
+
+
+def in_encoder(name: str) -> bool:
+    """Whether a parameter of that name belongs to the encoder."""
+    return name.startswith(ENCODER_PREFIXES)
 
 
 def depth_of(name: str, num_stages: int) -> int:
-    """Depth of a parameter: 0 for the stem, i + 1 for encoder stage i, `num_stages` + 1 behind the encoder."""
+    """Depth of a parameter: 0 for the stem, i + 1 for encoder stage i, `num_stages` + 1 behind the encoder.
+
+    A transformer's stages are its blocks; its last norm goes with the last one.
+    """
     stage = _STAGE.match(name)
     if stage:
         return int(stage.group(1)) + 1
-    return 0 if name.startswith("encoder.") else num_stages + 1
+    if name.startswith("eva.norm."):
+        return num_stages
+    return 0 if in_encoder(name) else num_stages + 1
 
 
 def layer_scales(names: Iterable[str], layer_decay: float) -> dict[str, float]:

@@ -19,12 +19,16 @@ from nnssl_ext.finetuning.plans_content import build_finetuning_network, build_p
 from nnssl_ext.finetuning.preprocessing_settings import Mode, Preprocessing, resolve_preprocessing
 from nnssl_ext.finetuning.pretrained import Pretrained, read_pretrained
 from nnssl_ext.finetuning.weights import Adapted, Transfer, adapt_weights, save_weights
+from nnssl_ext.planners.primus import is_transformer
 
 logger = logging.getLogger(__name__)
 PREFIX = "ptPlans__"
 SPLITS_FILE = "splits_final.json"
 PRETRAINED_LR = 1e-3
 """Peak learning rate of SGD for a pretrained CNN (upstream); from scratch it is nnU-Net's 1e-2."""
+TRANSFORMER = {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 5e-2, "gradient_clip": 1.0, "schedule": "warmup"}
+"""Settings for a transformer (upstream's): from scratch as they are, pretrained with `PRETRAINED_TRANSFORMER_LR`."""
+PRETRAINED_TRANSFORMER_LR = 1e-4
 _STATUSES = ("loaded", "adapted", "fresh", "left over")
 _REPORTED = ("spacing", "patch_size", "batch_size", "normalization_schemes", "data_identifier")
 
@@ -64,6 +68,7 @@ def plan_finetuning(
     ignore_keys: Sequence[str] = (),
     splits: Sequence[Split] | None = None,
     num_processes: int = 1,
+    command: Sequence[str] = (),
     **settings: Any,
 ) -> FinetuningPlan:
     """Writes plans, adapted weights and a report for fine-tuning a checkpoint on a labelled dataset.
@@ -81,6 +86,7 @@ def plan_finetuning(
         ignore_keys: Prefixes of checkpoint keys that may be dropped without a known reason.
         splits: Folds; by default those of `splits_final.json`, which is written, by patient, where there is none.
         num_processes: For nnU-Net's fingerprint, where that is missing.
+        command: Words of the command line that asked for it, for the record.
         settings: Fields of `FinetuningConfig`.
 
     Raises:
@@ -107,7 +113,7 @@ def plan_finetuning(
     config = _config(plans_name, pretrained, folds, adapted, settings)
     plans[PLANS_KEY] = to_dict(config)
     plans["pretrain_info"] = _pretrain_info(pretrained, mode, None if from_scratch else transfer)
-    return _write(folder, plans, adapted, pretrained)
+    return _write(folder, plans, adapted, pretrained, command)
 
 
 def derive_plans(base: Path, name: str, splits: Sequence[Split], seed: int, **settings: Any) -> Path:
@@ -241,12 +247,13 @@ def _config(
     adapted: Adapted | None,
     settings: Mapping[str, Any],
 ) -> FinetuningConfig:
-    own: dict[str, Any] = {"splits": [to_dict(split) for split in splits]}
+    transformer = is_transformer(pretrained.architecture)
+    own: dict[str, Any] = {"splits": [to_dict(split) for split in splits], **(TRANSFORMER if transformer else {})}
     if adapted is not None:
         own |= {
             "pretrained_weights": f"{plans_name}.pth",
             "pretraining_content_hashes": list(pretrained.content_hashes),
-            "lr": PRETRAINED_LR,
+            "lr": PRETRAINED_TRANSFORMER_LR if transformer else PRETRAINED_LR,
             "schedule": "warmup",
         }
     return from_dict(FinetuningConfig, {**own, **settings}, plans_name)
@@ -259,7 +266,7 @@ def _pretrain_info(pretrained: Pretrained, mode: Mode, transfer: Transfer | None
         "key_to_encoder": pretrained.encoder_key,
         "key_to_stem": pretrained.stem_key,
         "keys_to_in_proj": list(pretrained.in_proj_keys),
-        "key_to_lpe": None,
+        "key_to_lpe": pretrained.position_key,
         "pt_num_in_channels": pretrained.num_channels,
         "pt_used_patchsize": list(pretrained.configuration.get("patch_size", pretrained.patch_size)),
         "pt_recommended_downstream_patchsize": list(pretrained.patch_size),
@@ -269,12 +276,15 @@ def _pretrain_info(pretrained: Pretrained, mode: Mode, transfer: Transfer | None
     }
 
 
-def _write(folder: Path, plans: dict[str, Any], adapted: Adapted | None, pretrained: Pretrained) -> FinetuningPlan:
+def _write(
+    folder: Path, plans: dict[str, Any], adapted: Adapted | None, pretrained: Pretrained, command: Sequence[str]
+) -> FinetuningPlan:
     """Writes weights and report first: where the plans are, the rest is."""
     path = folder / f"{plans['plans_name']}.json"
     ((configuration, own),) = plans["configurations"].items()
     report = {
         "plans_name": plans["plans_name"],
+        "command": list(command),
         "pretrain_info": plans["pretrain_info"],
         "preprocessing": {key: own[key] for key in _REPORTED},
         **_key_report(adapted),

@@ -31,7 +31,7 @@ from nnssl_ext.core.records import atomic_path
 from nnssl_ext.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from nnssl_ext.finetuning.batches import IndexedBatches, iterate, seed_everything
 from nnssl_ext.finetuning.config import read_config
-from nnssl_ext.finetuning.layers import layer_scales
+from nnssl_ext.finetuning.layers import ENCODER_PREFIXES, in_encoder, layer_scales
 from nnssl_ext.finetuning.schedules import encoder_is_frozen, rate_factor
 from nnssl_ext.finetuning.validation import predict_cases, score_cases
 from nnssl_ext.finetuning.weights import load_weights
@@ -104,7 +104,7 @@ class SSLFinetuneTrainer(nnUNetTrainer):
         """The plans' optimiser over groups by part and depth. There is no scheduler: rates are set at every step."""
         named = [(name.removeprefix(_COMPILE_PREFIX), value) for name, value in self.network.named_parameters()]
         scales = layer_scales((name for name, _ in named), self.config.layer_decay)
-        groups = parameter_groups(named, self.config.optim, scales.__getitem__)
+        groups = parameter_groups(named, self.config.optim, scales.__getitem__, ENCODER_PREFIXES)
         return build_optimizer(groups, self.config.optim), None
 
     def do_split(self) -> tuple[list[str], list[str]]:
@@ -182,7 +182,7 @@ class SSLFinetuneTrainer(nnUNetTrainer):
     def _prepare_step(self) -> float:
         """Sets the learning rates of this step and wakes or freezes the encoder; returns the largest rate."""
         frozen = encoder_is_frozen(self.config, self.step)
-        parameters = list(self.bare_network.get_submodule("encoder").parameters())
+        parameters = [value for name, value in self.bare_network.named_parameters() if in_encoder(name)]
         if parameters[0].requires_grad == frozen:
             for parameter in parameters:
                 parameter.requires_grad_(not frozen)

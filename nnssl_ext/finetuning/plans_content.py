@@ -11,6 +11,7 @@ import numpy as np
 from nnssl_ext.core.random import seed_of
 from nnssl_ext.finetuning.preprocessing_settings import NO_RESAMPLING_FUNCTION, Preprocessing, configuration_name
 from nnssl_ext.finetuning.pretrained import Pretrained
+from nnssl_ext.planners.primus import with_patch_size
 
 BATCH_SIZES = {2: 12, 3: 2}
 """Default batch size by the number of dimensions: nnU-Net's reference values."""
@@ -52,7 +53,7 @@ def build_plans(
         "normalization_schemes": list(preprocessing.normalization_schemes),
         "use_mask_for_norm": list(preprocessing.use_mask_for_norm),
         **preprocessing.resampling,
-        "architecture": pretrained.architecture,
+        "architecture": with_patch_size(pretrained.architecture, patch_size),
         "batch_dice": dims == 2,
     }
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from nnssl_ext.engine.checkpoint import load_checkpoint, resenc_l
 from nnssl_ext.planners.architecture import KEYS_TO_IMPORT
+from nnssl_ext.planners.primus import PRIMUS_CLASS, is_transformer, named_primus, token_grid
 
 NO_RESAMPLING = "noresample"
 """Spacing style of plans, ours and upstream's, that leave every case at its own spacing."""
@@ -18,6 +19,7 @@ _CLASS_PATHS = {
     name: f"dynamic_network_architectures.architectures.unet.{name}"
     for name in ("ResidualEncoderUNet", "PlainConvUNet")
 }
+_PRIMUS_NAMES = ("PrimusS", "PrimusB", "PrimusM", "PrimusL")
 _SET_BY_NNUNET = ("input_channels", "num_classes", "output_channels", "deep_supervision")
 _DDP_PREFIX, _COMPILE_PREFIX = "module.", "_orig_mod."
 
@@ -46,6 +48,10 @@ class Pretrained:
     """Prefix of the stem."""
     in_proj_keys: tuple[str, ...]
     """Modules whose weight depends on the number of input channels, by all their names."""
+    position_key: str | None = None
+    """The learned position embedding of a transformer."""
+    position_grid: tuple[int, ...] = ()
+    """Tokens per axis that the position embedding was learned for."""
     trains_decoder: bool | None = None
     """Whether the pretraining trained the decoder; None where the checkpoint does not say."""
     citations: tuple[Any, ...] = ()
@@ -92,10 +98,12 @@ def _pretrained(path: Path, checkpoint: Mapping[str, Any], plan: Mapping[str, An
         )
     (configuration,) = plans["configurations"].values()
     patch_size = plan["recommended_downstream_patchsize"]
+    ours = "nnssl_pretraining" in checkpoint
+    architecture = _architecture(plan["architecture_plans"], patch_size, ours, path)
     return Pretrained(
         name=Path(path).name,
         weights=_plain_keys(checkpoint["network_weights"]),
-        architecture=_architecture(plan["architecture_plans"], path),
+        architecture=architecture,
         plans=plans,
         configuration=configuration,
         num_channels=int(plan["pretrain_num_input_channels"]),
@@ -103,6 +111,8 @@ def _pretrained(path: Path, checkpoint: Mapping[str, Any], plan: Mapping[str, An
         encoder_key=plan["key_to_encoder"],
         stem_key=plan["key_to_stem"],
         in_proj_keys=tuple(plan["keys_to_in_proj"]),
+        position_key=plan["key_to_lpe"],
+        position_grid=token_grid(architecture) if is_transformer(architecture) else (),
         trains_decoder=checkpoint.get("nnssl_pretraining", {}).get("trains_decoder"),
         citations=tuple(checkpoint.get("citations") or ()),
         content_hashes=tuple(checkpoint.get("nnssl_content_hashes") or ()),
@@ -114,14 +124,22 @@ def _plain_keys(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix(_DDP_PREFIX).removeprefix(_COMPILE_PREFIX): value for key, value in weights.items()}
 
 
-def _architecture(plans: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """nnU-Net's `architecture` block for upstream's `architecture_plans`."""
+def _architecture(plans: Mapping[str, Any], patch_size: Sequence[int], ours: bool, path: Path) -> dict[str, Any]:
+    """nnU-Net's `architecture` block for upstream's `architecture_plans`.
+
+    Transformers are read from checkpoints of this project alone: those of upstream's masked autoencoder count their
+    tokens in another order than the network that fine-tunes them.
+    """
     name, kwargs, imports = (plans[key] for key in ("arch_class_name", "arch_kwargs", "arch_kwargs_requiring_import"))
     if name == "ResEncL":
         return resenc_l()
+    if ours and name in _PRIMUS_NAMES:
+        return named_primus(name.removeprefix("Primus"), patch_size)
+    if ours and name == PRIMUS_CLASS:
+        return {"network_class_name": name, "arch_kwargs": dict(kwargs), "_kw_requires_import": []}
     short = str(name).rsplit(".", 1)[-1]
     if short not in _CLASS_PATHS:
-        supported = ", ".join(("ResEncL", *_CLASS_PATHS))
+        supported = ", ".join(("ResEncL", *_CLASS_PATHS)) + ", and Primus as nnssl_train saves it"
         raise ValueError(f"{path}: nnU-Net's trainer cannot fine-tune the network {name!r}. Supported: {supported}")
     if not kwargs:
         raise ValueError(f"{path}: {short} needs arch_kwargs in its adaptation plan")

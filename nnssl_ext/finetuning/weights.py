@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from nnssl_ext.core.records import atomic_path
+from nnssl_ext.finetuning.layers import in_encoder
 from nnssl_ext.finetuning.pretrained import Pretrained
+from nnssl_ext.models.primus import PrimusBackbone, resample_positions
 
 Transfer = Literal["encoder", "encoder_decoder"]
 Status = Literal["loaded", "adapted", "fresh", "left over"]
@@ -108,7 +110,8 @@ def adapt_weights(
     for names in alias_groups(network):
         part = _part(names, pretrained)
         if part == "encoder" or (part == "decoder" and transfer == "encoder_decoder"):
-            value, row, taken = _take(names, tuple(state[names[0]].shape), pretrained)
+            grid = network.grid if isinstance(network, PrimusBackbone) else ()
+            value, row, taken = _take(names, tuple(state[names[0]].shape), pretrained, grid)
             used.update(taken)
         else:
             why = "output layer" if part == "head" else "decoder not transferred"
@@ -124,7 +127,8 @@ def _part(names: Iterable[str], pretrained: Pretrained) -> Literal["encoder", "d
     if any(HEAD in name for name in names):
         return "head"
     prefixes = (f"{pretrained.encoder_key}.", f"{pretrained.stem_key}.")
-    return "encoder" if any(name.startswith(prefixes) for name in names) else "decoder"
+    of_encoder = any(name.startswith(prefixes) or in_encoder(name) for name in names)
+    return "encoder" if of_encoder else "decoder"
 
 
 def _row(names: Sequence[str], status: Status, value: torch.Tensor, note: str) -> KeyRow:
@@ -132,9 +136,12 @@ def _row(names: Sequence[str], status: Status, value: torch.Tensor, note: str) -
 
 
 def _take(
-    names: tuple[str, ...], shape: tuple[int, ...], pretrained: Pretrained
+    names: tuple[str, ...], shape: tuple[int, ...], pretrained: Pretrained, grid: tuple[int, ...]
 ) -> tuple[torch.Tensor, KeyRow, list[str]]:
-    """The checkpoint's value for one group of names, adapted where only its input channels differ."""
+    """The checkpoint's value for one group of names, adapted where only input channels or the patch differ.
+
+    Of a transformer's positions the grid of tokens counts, since two grids may have as many tokens.
+    """
     present = [name for name in names if name in pretrained.weights]
     if not present:
         raise ValueError(
@@ -145,6 +152,10 @@ def _take(
     note = ""
     if any(not torch.equal(value, pretrained.weights[name]) for name in present[1:]):
         note = f"aliases disagree in the checkpoint; {present[0]} counts"
+    if names[0] == pretrained.position_key and grid != pretrained.position_grid:
+        value = resample_positions(value, pretrained.position_grid, grid).clone()
+        note = f"interpolated from {pretrained.position_grid} to {grid} tokens"
+        return value, _row(names, "adapted", value, note), present
     if tuple(value.shape) == shape:
         return value.clone(), _row(names, "loaded", value, note), present
     stem = {f"{key}.weight" for key in pretrained.in_proj_keys}

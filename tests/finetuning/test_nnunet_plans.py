@@ -74,8 +74,10 @@ def test_the_baseline_differs_in_weights_and_recipe_only(labelled_dataset: Path,
     assert (baseline["lr"], baseline["schedule"]) == (1e-2, "poly")
 
 
-def test_the_report_names_every_key(labelled_dataset: Path, checkpoint_file: Path) -> None:
-    report = read_json(plan_finetuning(7, checkpoint_file, "mae").report_path)
+def test_the_report_names_its_command_and_every_key(labelled_dataset: Path, checkpoint_file: Path) -> None:
+    words = ["nnssl_plan_finetuning", "-d", "7"]
+    report = read_json(plan_finetuning(7, checkpoint_file, "mae", command=words).report_path)
+    assert report["command"] == words
     named = {name for row in report["keys"] for name in (row["key"], *row["aliases"])}
     assert named == set(torch.load(checkpoint_file)["network_weights"])
     assert sum(report["tensors"].values()) == len(report["keys"])
