@@ -1,4 +1,4 @@
-"""Preprocessing against nnU-Net's own `DefaultPreprocessor`: same files, same plan, same processes, without labels.
+"""Preprocessing against nnU-Net's own `DefaultPreprocessor`: same files, same plan, same processes.
 
 Makes MR-like volumes with oblique, slightly anisotropic voxels and an empty margin, preprocesses them with both, and
 prints seconds, voxels a second, sizes and the largest difference of the results. Ends non-zero if they differ.
@@ -22,14 +22,22 @@ import numpy as np
 
 from nnssl_ext.core.executor import make_executor
 from nnssl_ext.dataset.manifest import Case, Manifest, write_dataset_json
-from nnssl_ext.imageio import read_header
-from nnssl_ext.planners.plan import Plan
+from nnssl_ext.fingerprint.foreground import nonzero_box
+from nnssl_ext.imageio import read_header, read_image, read_segmentation
+from nnssl_ext.planners.plan import Configuration, Plan
+from nnssl_ext.preprocessing.crop import nonzero_mask
+from nnssl_ext.preprocessing.index import IndexEntry
+from nnssl_ext.preprocessing.labels import resample_labels
 from nnssl_ext.preprocessing.run import preprocess_case
-from nnssl_ext.preprocessing.store import Store
+from nnssl_ext.preprocessing.store import Store, write_case
 
 ABSOLUTE, RELATIVE = 1e-2, 1e-3
 """Allowed difference of stored values: the larger of this and this share of the value."""
 SPACINGS = ((1.0, 0.9, 0.9), (1.2, 0.8, 0.8), (0.9, 1.1, 1.1), (1.5, 1.0, 0.7))
+LABELS = {"background": 0, "a": 1, "b": 2, "c": 3}
+LABEL_SUFFIX = "_seg"
+LABEL_EDGES = (1, 350, 450)
+"""Intensities where one label ends and the next begins."""
 KILOBYTE = 1024
 RESET_PEAK = "5"
 """Written to `/proc/self/clear_refs`, this resets the peak of the resident memory."""
@@ -38,10 +46,11 @@ RESET_PEAK = "5"
 def parser() -> argparse.ArgumentParser:
     """The benchmark's arguments."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--num_volumes", type=int, default=4, help="volumes to preprocess (default: 4)")
-    result.add_argument("--edge", type=int, default=150, help="mean edge of a volume in voxels (default: 150)")
-    result.add_argument("--repeats", type=int, default=3, help="runs of each, of which the median counts (default: 3)")
+    result.add_argument("--num_volumes", type=int, default=8, help="volumes to preprocess (default: 8)")
+    result.add_argument("--edge", type=int, default=170, help="mean edge of a volume in voxels (default: 170)")
+    result.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts (default: 5)")
     result.add_argument("-np", type=int, default=2, help="worker processes (default: 2)")
+    result.add_argument("--labels", action="store_true", help="resample and write a label map with every image")
     result.add_argument("--json", type=Path, help="also write the figures to this file")
     return result
 
@@ -60,18 +69,25 @@ def volume(seed: int, edge: int) -> np.ndarray:
     return image.clip(0, 3000).astype(np.int16)
 
 
-def write_dataset(folder: Path, num_volumes: int, edge: int) -> Manifest:
-    """Writes the volumes as compressed NIfTI files in nnU-Net's layout."""
+def write_dataset(folder: Path, num_volumes: int, edge: int, labels: bool = False) -> Manifest:
+    """Writes the volumes, and label maps of three parts if wanted, as compressed NIfTI files in nnU-Net's layout."""
     import SimpleITK as sitk
 
-    (folder / "imagesTr").mkdir(parents=True)
+    for subfolder in ("imagesTr", "labelsTr") if labels else ("imagesTr",):
+        (folder / subfolder).mkdir(parents=True)
     cosine, sine = np.cos(0.2), np.sin(0.2)
     for number in range(num_volumes):
-        image = sitk.GetImageFromArray(volume(number, edge))
-        image.SetSpacing(SPACINGS[number % len(SPACINGS)][::-1])
-        image.SetDirection((cosine, -sine, 0, sine, cosine, 0, 0, 0, 1))
-        sitk.WriteImage(image, str(folder / "imagesTr" / f"case_{number:03d}_0000.nii.gz"), useCompression=True)
-    write_dataset_json(folder, channel_names=["MRI"], file_ending=".nii.gz", num_cases=num_volumes)
+        array = volume(number, edge)
+        files = {f"imagesTr/case_{number:03d}_0000.nii.gz": array}
+        if labels:
+            files[f"labelsTr/case_{number:03d}.nii.gz"] = np.digitize(array, LABEL_EDGES).astype(np.uint8)
+        for name, content in files.items():
+            image = sitk.GetImageFromArray(content)
+            image.SetSpacing(SPACINGS[number % len(SPACINGS)][::-1])
+            image.SetDirection((cosine, -sine, 0, sine, cosine, 0, 0, 0, 1))
+            sitk.WriteImage(image, str(folder / name), useCompression=True)
+    description = LABELS if labels else None
+    write_dataset_json(folder, channel_names=["MRI"], file_ending=".nii.gz", num_cases=num_volumes, labels=description)
     return Manifest.load(folder)
 
 
@@ -107,7 +123,27 @@ def make_plan() -> Plan:
 
 def ours(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
     """One case with this project's preprocessing."""
-    return _measured(lambda: preprocess_case(case, plan, plan.configuration("3d_fullres"), folder, "float16"))
+    configuration = plan.configuration("3d_fullres")
+
+    def work() -> IndexEntry:
+        entry = preprocess_case(case, plan, configuration, folder, "float16")
+        if case.label is not None:
+            write_labels(case, case.label, configuration, folder, entry)
+        return entry
+
+    return _measured(work)
+
+
+def write_labels(case: Case, label: Path, configuration: Configuration, folder: Path, entry: IndexEntry) -> None:
+    """Crops, resamples and stores the label map of a stored case; -1 is what nnU-Net writes outside of the image."""
+    image, geometry = read_image(case.images)
+    labels = read_segmentation(label)[0].astype(np.int16)
+    labels[(labels == 0) & ~nonzero_mask(image)] = -1
+    crop = labels[tuple(slice(*side) for side in nonzero_box(image))][None]
+    settings = configuration.resampling_fn_seg_kwargs
+    resampled = resample_labels(crop, entry.shape[1:], geometry.spacing, entry.spacing, **settings)
+    name = f"{case.case_id}{LABEL_SUFFIX}"
+    write_case(folder, name, resampled.astype(np.float32), {}, resampled[0] > 0, spacing=entry.spacing)
 
 
 def nnunet(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
@@ -116,10 +152,10 @@ def nnunet(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(plan.raw)
-    description = {"labels": {"background": 0}, "channel_names": {"0": "MRI"}}
+    description = {"labels": LABELS, "channel_names": {"0": "MRI"}}
     arguments = (
         [str(image) for image in case.images],
-        None,
+        None if case.label is None else str(case.label),
         manager,
         manager.get_configuration("3d_fullres"),
         description,
@@ -161,7 +197,8 @@ def measure(
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             start = time.perf_counter()
-            tasks = {case.case_id: (case, plan, folder) for case in manifest.cases}
+            cases = manifest.cases if repeat else manifest.cases[: arguments.np]
+            tasks = {case.case_id: (case, plan, folder) for case in cases}
             results = list(executor.run(function, tasks))
             for result in results:
                 if result.error is not None:
@@ -171,7 +208,7 @@ def measure(
                 peaks += [(result.key, result.value["peak"]) for result in results]
                 wall.append((time.perf_counter() - start) / len(results))
                 cpu.append(statistics.mean(result.value["cpu"] for result in results))
-    size = sum(path.stat().st_size for path in folder.glob("*.b2nd") if not path.stem.endswith("_seg"))
+    size = sum(path.stat().st_size for path in folder.glob("*.b2nd") if not path.stem.endswith(LABEL_SUFFIX))
     return {
         "wall": statistics.median(wall),
         "cpu": statistics.median(cpu),
@@ -188,7 +225,7 @@ def volume_bytes(case: Case, store: Store) -> int:
 
 
 def compare(store: Store, folder: Path) -> tuple[float, bool]:
-    """The largest difference of stored values, and whether all are within tolerance."""
+    """The largest difference of images, and whether all are within tolerance and all labels the same."""
     import blosc2
 
     largest, equal = 0.0, True
@@ -197,6 +234,10 @@ def compare(store: Store, folder: Path) -> tuple[float, bool]:
         difference = np.abs(store.read_crop(case_id, (0, 0, 0), entry.shape[1:]) - reference)
         largest = max(largest, float(difference.max()))
         equal &= bool((difference <= np.maximum(ABSOLUTE, RELATIVE * np.abs(reference))).all())
+        labels = [root / f"{case_id}{LABEL_SUFFIX}.b2nd" for root in (store.folder, folder)]
+        if labels[0].exists():
+            ours, theirs = (blosc2.open(str(path), mode="r")[...] for path in labels)
+            equal &= bool(np.array_equal(ours, theirs))
     return largest, equal
 
 
@@ -205,7 +246,7 @@ def main() -> None:
     arguments = parser().parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        manifest = write_dataset(root / "Dataset001_Bench", arguments.num_volumes, arguments.edge)
+        manifest = write_dataset(root / "Dataset001_Bench", arguments.num_volumes, arguments.edge, arguments.labels)
         plan = make_plan()
         fast = measure(ours, manifest, plan, root / "ours", arguments)
         stock = measure(nnunet, manifest, plan, root / "nnunet", arguments)
