@@ -60,7 +60,7 @@ def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
     lr_scale: Callable[[str], float] = no_scaling,
-    encoder_prefix: str = "encoder.",
+    encoder_prefix: str | tuple[str, ...] = "encoder.",
 ) -> list[dict[str, Any]]:
     """Sort trainable parameters into groups that share role, weight decay and learning-rate scale.
 

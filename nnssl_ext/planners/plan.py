@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.core.records import read_json, write_json
-from nnssl_ext.planners.primus import PRIMUS_CLASS
+from nnssl_ext.planners.primus import is_transformer
 
 REQUIRED_KEYS = (
     "dataset_name",
@@ -70,7 +70,7 @@ class Configuration:
     @property
     def backbone(self) -> str:
         """Kind of the network, as methods name what they run on: `vit` for Primus, else `cnn`."""
-        return "vit" if self.architecture["network_class_name"] == PRIMUS_CLASS else "cnn"
+        return "vit" if is_transformer(self.architecture) else "cnn"
 
     @property
     def strides(self) -> tuple[tuple[int, ...], ...]:

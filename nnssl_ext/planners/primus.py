@@ -109,16 +109,27 @@ def primus_architecture(size: PrimusSize, patch_size: Sequence[int], token: Sequ
     }
 
 
+def is_transformer(architecture: Mapping[str, Any]) -> bool:
+    """Whether an `architecture` block describes a Primus."""
+    return architecture["network_class_name"] == PRIMUS_CLASS
+
+
+def token_grid(architecture: Mapping[str, Any]) -> tuple[int, ...]:
+    """Tokens per axis of a Primus."""
+    arch = architecture["arch_kwargs"]
+    return tuple(size // edge for size, edge in zip(arch["input_shape"], arch["patch_embed_size"], strict=True))
+
+
 def with_patch_size(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
     """The same network for another patch: a transformer's block names the patch, a U-Net's does not."""
-    if architecture["network_class_name"] != PRIMUS_CLASS:
+    if not is_transformer(architecture):
         return dict(architecture)
     return {**architecture, "arch_kwargs": {**architecture["arch_kwargs"], "input_shape": list(patch_size)}}
 
 
 def primus_name(architecture: Mapping[str, Any]) -> str | None:
     """The library's name for the network, such as `PrimusM`; None where the block describes none of its networks."""
-    if architecture["network_class_name"] != PRIMUS_CLASS:
+    if not is_transformer(architecture):
         return None
     patch_size = architecture["arch_kwargs"]["input_shape"]
     for name in ("S", "B", "M", "L"):
