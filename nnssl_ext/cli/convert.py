@@ -15,13 +15,14 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments: one sub-command per layout and per `dataset_conversion/DatasetXXX_Name.py`."""
     p = argparse.ArgumentParser(
         prog="nnssl_convert",
+        allow_abbrev=False,
         description="Writes a raw dataset, $nnssl_raw/DatasetXXX_Name. Can be interrupted and repeated.",
     )
     layouts = p.add_subparsers(dest="layout", required=True, metavar="LAYOUT")
-    _add_msd(layouts.add_parser("msd", help="a dataset of the Medical Segmentation Decathlon"))
-    _add_folder(layouts.add_parser("folder", help="any tree of images, without labels"))
+    _add_msd(layouts.add_parser("msd", help="a dataset of the Medical Segmentation Decathlon", allow_abbrev=False))
+    _add_folder(layouts.add_parser("folder", help="any tree of images, without labels", allow_abbrev=False))
     for name in converters():
-        _add_source(layouts.add_parser(name, help=f"dataset_conversion/{name}.py"))
+        _add_source(layouts.add_parser(name, help=f"dataset_conversion/{name}.py", allow_abbrev=False))
     return p
 
 

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="nnssl_demo",
+        allow_abbrev=False,
         description="Run every stage on a CPU in minutes: made-up volumes (or --source) in, a report out. Each command "
         "is shown as you would type it. A second start goes on where the first one stopped.",
     )
@@ -49,12 +50,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     started = time.monotonic()
     folder = args.folder.resolve()
+    _keep_settings(args, folder)
     environment = _environment(folder)
     source = args.source or _phantoms(folder / "source", args.num_cases)
     for number, (title, line) in enumerate(_commands(args, source, folder), start=1):
         print(f"\n[{number}] {title}\n$ {shlex.join(line)}", flush=True)
         _run(line, environment)
     _finish(folder, time.monotonic() - started)
+
+
+def _keep_settings(args: argparse.Namespace, folder: Path) -> None:
+    """Writes what this demo is made of, and refuses to go on with one that was started otherwise."""
+    from nnssl_ext.core.records import read_json, write_json
+
+    names = ("source", "num_cases", "unlabelled", "pretrain_epochs", "finetune_epochs")
+    wanted = {name: getattr(args, name) for name in names} | {"source": args.source and str(args.source.resolve())}
+    file = folder / "demo.json"
+    found = read_json(file) if file.is_file() else wanted
+    changed = [f"{name} is {found.get(name)}, not {wanted[name]}" for name in names if found.get(name) != wanted[name]]
+    if changed:
+        raise ValueError(f"{folder} holds a demo made otherwise ({'; '.join(changed)}). Give another one: --folder")
+    write_json(file, wanted)
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -144,7 +160,8 @@ def _finish(folder: Path, seconds: float) -> None:
     if dice is None or dice.mean is None or dice.mean < MIN_SCRATCH_DICE:
         print(
             f"\nerror: the arm from scratch reached a Dice of {dice and dice.mean}, below {MIN_SCRATCH_DICE}: it "
-            "learned too little to compare with. Train longer: --finetune_epochs, or on more cases: --num_train",
+            "learned too little to compare with. Train longer in another folder (--folder, --finetune_epochs), or on "
+            "more cases (--num_train)",
             file=sys.stderr,
         )
         raise SystemExit(USER_ERROR)

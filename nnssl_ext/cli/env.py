@@ -13,6 +13,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     return argparse.ArgumentParser(
         prog="nnssl_env",
+        allow_abbrev=False,
         description="Print the environment that nnU-Net's own commands need after nnssl_plan_finetuning: its folders "
         "where only nnssl_raw and the like are set, and where it finds -tr SSLFinetuneTrainer.",
         epilog='Use it as: eval "$(nnssl_env)"',

@@ -13,7 +13,7 @@ SHOWN_PROBLEMS = 20
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    result = argparse.ArgumentParser(prog="nnssl_extract_fingerprint", description=__doc__)
+    result = argparse.ArgumentParser(prog="nnssl_extract_fingerprint", description=__doc__, allow_abbrev=False)
     result.add_argument("-d", nargs="+", required=True, metavar="DATASET", help="ids or full names of datasets")
     add_arguments(result)
     return result

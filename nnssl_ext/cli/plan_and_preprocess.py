@@ -11,7 +11,7 @@ from nnssl_ext.cli.common import command
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    result = argparse.ArgumentParser(prog="nnssl_plan_and_preprocess", description=__doc__)
+    result = argparse.ArgumentParser(prog="nnssl_plan_and_preprocess", description=__doc__, allow_abbrev=False)
     result.add_argument("-d", nargs="+", required=True, metavar="DATASET", help="ids or full names of datasets")
     extract_fingerprint.add_arguments(result)
     plan_experiment.add_arguments(result)

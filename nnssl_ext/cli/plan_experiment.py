@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    result = argparse.ArgumentParser(prog="nnssl_plan_experiment", description=__doc__)
+    result = argparse.ArgumentParser(prog="nnssl_plan_experiment", description=__doc__, allow_abbrev=False)
     result.add_argument("-d", nargs="+", required=True, metavar="DATASET", help="ids or full names of datasets")
     add_arguments(result)
     return result

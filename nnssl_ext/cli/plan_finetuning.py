@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="nnssl_plan_finetuning",
+        allow_abbrev=False,
         description="Write plans, adapted weights and a report with which nnU-Net fine-tunes a pretrained network on a "
         "labelled dataset, and preprocess that dataset for it.",
         epilog=_EXAMPLES,
@@ -69,8 +70,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-batch_size", type=int, help="samples a step (default: 2 in 3D, 12 in 2D)")
     p.add_argument("--from_scratch", action="store_true", help="the fair baseline: the same plans without weights")
     p.add_argument("--splits", type=Path, help="JSON of folds with train and val ids (default: splits_final.json)")
-    p.add_argument("--ignore_keys", nargs="+", default=[], metavar="PREFIX", help="checkpoint keys that may be dropped")
-    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="training settings; see --settings")
+    p.add_argument(
+        "--ignore_keys",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PREFIX",
+        help="checkpoint keys that may be dropped",
+    )
+    p.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="training settings; see --settings"
+    )
     p.add_argument("--settings", action=_ListSettings, help="list the training settings with their defaults, and leave")
     p.add_argument("-np", type=int, default=2, help="worker processes; 0 works in this one (default: 2)")
     p.add_argument("--no_preprocess", action="store_true", help="only plan; preprocess later with nnUNetv2_preprocess")

@@ -12,7 +12,7 @@ from nnssl_ext.cli.extract_fingerprint import add_arguments as add_executor_argu
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    result = argparse.ArgumentParser(prog="nnssl_preprocess", description=__doc__)
+    result = argparse.ArgumentParser(prog="nnssl_preprocess", description=__doc__, allow_abbrev=False)
     result.add_argument("-d", nargs="+", required=True, metavar="DATASET", help="ids or full names of datasets")
     result.add_argument("-plans_name", "-p", default="nnsslPlans", metavar="PLANS", help="plans (default: nnsslPlans)")
     add_executor_arguments(result)

@@ -59,11 +59,13 @@ def prepare(spec: RunSpec, world: World) -> Prepared:
     precision = resolve_precision(spec.settings.precision, device)
     check_identity(folder, identity(spec, world.size, precision))
     check_patch(spec.configuration)
-    check_memory(spec, precision)
+    finished = folder.final.exists()
+    if not finished:
+        check_memory(spec, precision)
     store = Store.open(spec.data_folder)
     check_channels(store, spec.configuration)
     split = load_or_make_split(spec, store, folder)
-    return Prepared(folder, store, split, device, precision, folder.final.exists())
+    return Prepared(folder, store, split, device, precision, finished)
 
 
 def check_existing(folder: RunFolder, resume: bool) -> None:
@@ -135,7 +137,8 @@ def check_channels(store: Store, configuration: Configuration) -> None:
         if entry.shape[0] != configuration.num_input_channels:
             raise ValueError(
                 f"{case_id} in {store.folder} has {entry.shape[0]} channel(s), configuration {configuration.name!r} "
-                f"has {configuration.num_input_channels}. Preprocess with these plans: nnssl_preprocess --overwrite"
+                f"has {configuration.num_input_channels}. Preprocess with these plans: "
+                "nnssl_preprocess -d DATASET --overwrite"
             )
 
 

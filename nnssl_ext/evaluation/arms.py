@@ -22,7 +22,16 @@ NAME_PREFIX = "ptPlans__"
 _SAME_IN_ALL_ARMS = ("num_epochs", "iterations_per_epoch", "precision", "validation_mirroring")
 """Fine-tuning settings that must not differ between arms, since they are no part of a start's recipe."""
 _EXPECTED_TO_DIFFER = ("splits", "seed", "pretrained_weights", "pretraining_content_hashes")
-_NETWORK_KEYS = ("patch_size", "batch_size", "spacing", "architecture")
+_NETWORK_KEYS = (
+    "patch_size",
+    "batch_size",
+    "spacing",
+    "architecture",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)
 """Parts of a configuration that, where they differ, are a second difference beside the pretraining."""
 
 

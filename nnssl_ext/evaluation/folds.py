@@ -7,6 +7,7 @@ within 20 within all), drawn by patient, and the same for all arms; validation c
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,10 +49,10 @@ class FoldRun:
 
 
 def sizes_from_fractions(fractions: Sequence[float], splits: Sequence[Split]) -> list[NumTrain]:
-    """Training set sizes for shares of the smallest fold's training cases, rounded up; 1.0 is `all`.
+    """Training set sizes for shares of the smallest fold's training cases, rounded up; a share of all of them is `all`.
 
     Raises:
-        ValueError: If a share is not in (0, 1].
+        ValueError: If a share is not in (0, 1], or two shares come to the same number of cases.
     """
     smallest = min(len(split.train) for split in splits)
     for share in fractions:
@@ -59,7 +60,14 @@ def sizes_from_fractions(fractions: Sequence[float], splits: Sequence[Split]) ->
             raise ValueError(
                 f"fraction {share:g} is not allowed; it lies above 0 and is at most 1 (all training cases)"
             )
-    return ["all" if share == 1 else math.ceil(share * smallest) for share in fractions]
+    counts = [math.ceil(share * smallest) for share in fractions]
+    for first, second in itertools.combinations(range(len(counts)), 2):
+        if counts[first] == counts[second]:
+            raise ValueError(
+                f"fractions {fractions[first]:g} and {fractions[second]:g} both come to {counts[first]} of {smallest} "
+                "training cases; give shares further apart"
+            )
+    return ["all" if count == smallest else count for count in counts]
 
 
 def check_folds(folds: Sequence[int], splits: Sequence[Split]) -> None:

@@ -28,7 +28,8 @@ PACKAGES = (
     "scipy",
     "SimpleITK",
 )
-_ENCODER_PREFIX = "encoder.stages."
+_ENCODER_PREFIXES = ("encoder.stages.", "eva.")
+"""Names of the encoder's tensors in a U-Net and in a Primus."""
 
 
 def find_pretraining_run(arm: PlannedArm) -> Path | None:
@@ -65,7 +66,7 @@ def _encoder(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         return {}
     state = torch.load(path, map_location="cpu", weights_only=True)["network_weights"]
-    return {key: value for key, value in state.items() if key.startswith(_ENCODER_PREFIX)}
+    return {key: value for key, value in state.items() if key.startswith(_ENCODER_PREFIXES)}
 
 
 def recorded_commands(arm: PlannedArm, pretraining_run: Path | None) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from nnssl_ext.evaluation.records import (
 SIGNIFICANCE = 0.05
 HEADLINE_METRIC = "dice"
 TYPICAL_SEED_SPREAD = 0.02
-"""Standard deviation of a mean Dice over seeds seen in small trials (METHODS.md section G); used with one seed only."""
+"""Standard deviation of a mean Dice over seeds seen in trials on small data; used with one seed only."""
 FEW_SEEDS = 5
 """Under this, the spread over seeds is itself only roughly known."""
 _FEW_SEEDS_NOTE = (
@@ -78,21 +78,26 @@ def _judge_size(arm: Arm, reference: Arm, row: Comparison, means: dict[Key, Summ
         return SizeVerdict(num_train=row.num_train, outcome="unfair", sentence=f"{numbers} {reason}")
     tail = ""
     if outcome == "undecided":
-        why = (
-            "is within the luck of the trainings, so it cannot be called"
-            if _within_luck(row)
-            else "is not enough to call it"
-        )
-        tail = f" That {why} a difference."
+        tail = f" {_why_undecided(row)}"
     note = f" {reason}" if reason else ""
     return SizeVerdict(num_train=row.num_train, outcome=outcome, sentence=f"{numbers}{tail}{note}")
 
 
 def _outcome(row: Comparison) -> Outcome:
     significant = row.p_holm is not None and row.p_holm < SIGNIFICANCE
-    if not significant or row.interval is None or not row.interval.excludes_zero() or _within_luck(row):
+    if not significant or row.interval is None or not row.interval.excludes_zero():
+        return "undecided"
+    if row.undecidable_below is None or _within_luck(row):
         return "undecided"
     return "helped" if row.interval.low > 0 else "hurt"
+
+
+def _why_undecided(row: Comparison) -> str:
+    if row.undecidable_below is None:
+        return "A single training of each arm cannot tell its luck from a difference: run more folds or seeds."
+    if _within_luck(row):
+        return "That is within the luck of the trainings, so it cannot be called a difference."
+    return "That is not enough to call it a difference."
 
 
 def _within_luck(row: Comparison) -> bool:

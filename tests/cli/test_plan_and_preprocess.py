@@ -71,7 +71,7 @@ def test_a_trainers_step_is_planned_for(volumes, preprocessed, capsys):
     extract_fingerprint.main(["-d", "1", "-np", "0"])
     plan_experiment.main(["-d", "1", "-tr", "MAETrainer"])
     planning = json.loads((preprocessed / "nnsslPlans.json").read_text())["nnssl_planning"]
-    assert planning["step_cost"] == {"views": 1.0, "copies": 1, "decoder": True}
+    assert planning["step_cost"] == {"views": 1.0, "copies": 1, "decoder": True, "tokens": 0.25}
     with pytest.raises(SystemExit) as stopped:
         plan_experiment.main(["-d", "1", "-tr", "MAETrianer"])
     assert stopped.value.code == 2

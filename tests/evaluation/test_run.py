@@ -246,6 +246,7 @@ def test_fractions_count_from_the_smallest_fold(world: SimpleNamespace) -> None:
         ({"num_train": (6,)}, "the smallest of these folds has 6 training cases. Give 1 to 5, or all"),
         ({"reference": "ptPlans__other"}, "--reference 'ptPlans__other' is not among the arms"),
         ({"fractions": (1.5,)}, "fraction 1.5 is not allowed"),
+        ({"fractions": (0.01, 0.02)}, "0.01 and 0.02 both come to 1 of"),
         ({"dataset": 7}, "no dataset 7"),
     ],
 )

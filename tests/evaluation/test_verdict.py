@@ -69,6 +69,7 @@ def test_a_clear_loss() -> None:
         ({"interval": Interval(-0.01, 0.13)}, "not enough to call it a difference"),
         ({"interval": None}, "not enough to call it a difference"),
         ({"undecidable_below": 0.07}, "within the luck of the trainings"),
+        ({"undecidable_below": None}, "run more folds or seeds"),
     ],
 )
 def test_what_is_not_enough(change: dict, reason: str) -> None:

@@ -1,0 +1,46 @@
+import pytest
+
+from nnssl_ext.cli import demo
+from nnssl_ext.core.records import read_json
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """The command lines that the demo would run, and its end left out."""
+    seen: list[list[str]] = []
+    monkeypatch.setattr(demo, "_run", lambda line, environment: seen.append(list(line)))
+    monkeypatch.setattr(demo, "_finish", lambda folder, seconds: None)
+    return seen
+
+
+def test_the_demo_runs_the_pipeline_in_order_with_options_that_exist(tmp_path, lines):
+    demo.main(["--folder", str(tmp_path / "with space"), "--num_cases", "3", "--folds", "0", "1"])
+    assert [line[0] for line in lines] == [
+        "nnssl_convert",
+        "nnssl_plan_and_preprocess",
+        "nnssl_train",
+        "nnssl_plan_finetuning",
+        "nnssl_plan_finetuning",
+        "nnssl_evaluate",
+    ]
+    for line in lines:
+        module = __import__(f"nnssl_ext.cli.{line[0].removeprefix('nnssl_')}", fromlist=["parser"])
+        module.parser().parse_args(line[1:])
+    assert len(list((tmp_path / "with space/source/imagesTr").iterdir())) == 3
+
+
+def test_a_second_start_goes_on_but_not_with_other_settings(tmp_path, lines, capsys):
+    demo.main(["--folder", str(tmp_path), "--num_cases", "3"])
+    demo.main(["--folder", str(tmp_path), "--num_cases", "3", "--folds", "2"])
+    assert read_json(tmp_path / "demo.json")["num_cases"] == 3
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--folder", str(tmp_path), "--num_cases", "4"])
+    assert stopped.value.code == 2
+    assert "num_cases is 3, not 4" in capsys.readouterr().err
+
+
+def test_a_command_that_fails_ends_the_demo_with_its_status(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--folder", str(tmp_path), "--source", str(tmp_path / "nothing")])
+    assert stopped.value.code == 2
+    assert "the demo stops here" in capsys.readouterr().err
