@@ -12,15 +12,13 @@ whose attention rotates by position along every axis. Weights and their names ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from math import log2, prod
 from typing import Any
 
 import torch
-from dynamic_network_architectures.building_blocks.eva import Eva
-from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchDecode, PatchEmbed
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
-from timm.layers import RotaryEmbeddingCat, build_rotary_pos_embed
 from torch import nn
 from torch.nn import functional
 
@@ -28,6 +26,12 @@ from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.models.resenc import EXPORT_SEED, build_network, check_divisible
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.primus import HEAD_DIVISOR
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # timm declares interfaces in a way that torch has deprecated
+    from dynamic_network_architectures.building_blocks.eva import Eva
+    from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchDecode, PatchEmbed
+    from timm.layers import RotaryEmbeddingCat, build_rotary_pos_embed
 
 HE_SLOPE = 1e-2
 """Negative slope that the library initialises its convolutions for."""
