@@ -3,9 +3,9 @@
 #
 #   examples/run_all.sh path/to/Task04_Hippocampus path/to/workspace
 #
-# The settings are those of a CPU: a network of width 8 and some hundred steps. On a GPU leave out -pl, -batch_size,
-# --set, -num_epochs and -steps_per_epoch: the planner and the published recipes then decide. Every command can be
-# stopped and started again.
+# The settings are those of a CPU: a network of width 8, AdamW, some hundred steps. On a GPU leave out -pl, -batch_size,
+# -patch_size, --precision, --set, -num_epochs and -steps_per_epoch: the planner and the published recipes then decide.
+# Every command can be stopped and started again.
 set -euo pipefail
 source=$1
 workspace=$2
@@ -16,16 +16,19 @@ mkdir -p "$nnssl_raw" "$nnssl_preprocessed" "$nnssl_results"
 # 60 of the scans lose their labels and become a dataset for pretraining; the other 70 are for the comparison
 nnssl_convert msd "$source" -d 4 --unlabelled 60 --unlabelled_dataset 1
 
-nnssl_plan_and_preprocess -d 1 -pl nnsslPlannerResEncXS
+nnssl_plan_and_preprocess -d 1 -pl nnsslPlannerResEncXS -np 2
 
-nnssl_train 1 3d_fullres -tr MAETrainer -tag example --c -batch_size 4 -num_epochs 10 -steps_per_epoch 150 \
-    --save_every 1 --set val_steps_per_epoch=5 block_size=8
+nnssl_train 1 3d_fullres -tr MAETrainer -tag example --c -device cpu --precision bf16 -batch_size 4 \
+    -num_epochs 20 -steps_per_epoch 100 --save_every 2 --set val_steps_per_epoch=5 block_size=8 \
+    optim.name=adamw optim.lr=1e-3 optim.weight_decay=0.01 schedule.name=cosine schedule.warmup_steps=100
 run=$nnssl_results/Dataset001_HippocampusUnlabelled/MAETrainer-example__nnsslPlans__3d_fullres/fold_all
 
 # the two arms: the same plans, with and without the pretrained weights
-length=(num_epochs=12 iterations_per_epoch=50 val_iterations_per_epoch=8)
-nnssl_plan_finetuning -d 4 -pc "$run/checkpoint_final.pth" -n mae -transfer encoder_decoder \
-    --set "${length[@]}" lr=0.01 schedule=warmup
-nnssl_plan_finetuning -d 4 -pc "$run/checkpoint_final.pth" -n scratch --from_scratch --set "${length[@]}"
+recipe=(num_epochs=20 iterations_per_epoch=25 val_iterations_per_epoch=4)
+recipe+=(optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16)
+nnssl_plan_finetuning -d 4 -pc "$run/checkpoint_final.pth" -n mae -transfer encoder_decoder -patch_size 32 40 32 \
+    --set "${recipe[@]}"
+nnssl_plan_finetuning -d 4 -pc "$run/checkpoint_final.pth" -n scratch --from_scratch -patch_size 32 40 32 \
+    --set "${recipe[@]}"
 
-nnssl_evaluate -d 4 -p ptPlans__mae ptPlans__scratch -f 0 1 2 3 4 --num_train 5 20 all --seeds 0 -np 2
+nnssl_evaluate -d 4 -p ptPlans__mae ptPlans__scratch -f 0 1 2 3 4 --num_train 5 20 all --seeds 0 1 -device cpu -np 2
