@@ -23,9 +23,9 @@ nnssl_train 1 3d_fullres -tr MAETrainer -tag example --c -device cpu --precision
     optim.name=adamw optim.lr=1e-3 optim.weight_decay=0.01 schedule.name=cosine schedule.warmup_steps=100
 run=$nnssl_results/Dataset001_HippocampusUnlabelled/MAETrainer-example__nnsslPlans__3d_fullres/fold_all
 
-# the two arms: the same plans, with and without the pretrained weights
+# the two arms: the same plans and the same schedule, with and without the pretrained weights
 recipe=(num_epochs=20 iterations_per_epoch=25 val_iterations_per_epoch=4)
-recipe+=(optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16)
+recipe+=(schedule=poly optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16)
 nnssl_plan_finetuning -d 4 -pc "$run/checkpoint_final.pth" -n mae -transfer encoder_decoder -patch_size 32 40 32 \
     --set "${recipe[@]}"
 nnssl_plan_finetuning -d 4 -pc "$run/checkpoint_final.pth" -n scratch --from_scratch -patch_size 32 40 32 \

@@ -16,7 +16,7 @@ from nnssl_ext.cli.common import USER_ERROR, command
 PRETRAIN_ID, LABELLED_ID = 1, 2
 EPOCH_STEPS = 25
 PRETRAIN_OPTIMIZER = "optim.name=adamw optim.lr=0.001 optim.weight_decay=0.01"
-FINETUNE_OPTIMIZER = "optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16"
+FINETUNE_OPTIMIZER = "schedule=poly optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16"
 """Recipes for hundreds of steps. The published ones use SGD, whose deep layers hardly move in that time."""
 MIN_SCRATCH_DICE = 0.3
 """Below this the scratch arm learned nothing, and comparing with it says nothing."""
