@@ -22,6 +22,8 @@ NAME_PREFIX = "ptPlans__"
 _SAME_IN_ALL_ARMS = ("num_epochs", "iterations_per_epoch", "precision", "validation_mirroring")
 """Fine-tuning settings that must not differ between arms, since they are no part of a start's recipe."""
 _EXPECTED_TO_DIFFER = ("splits", "seed", "pretrained_weights", "pretraining_content_hashes")
+_NO_INFLUENCE = ("val_iterations_per_epoch", "save_every", "validate_every")
+"""Fine-tuning settings that change no weight."""
 _NETWORK_KEYS = (
     "patch_size",
     "batch_size",
@@ -131,24 +133,35 @@ def check_fairness(arms: Sequence[PlannedArm], reference: PlannedArm, configurat
     """
     warnings = []
     for arm in arms:
-        if arm is reference:
+        if arm is reference or arm.config is None:
             continue
-        if arm.config is not None and reference.config is not None:
-            for name in _SAME_IN_ALL_ARMS:
-                own, base = getattr(arm.config, name), getattr(reference.config, name)
-                if own != base:
-                    raise ValueError(
-                        f"{name} is {own} in {arm.name} and {base} in {reference.name}: arms must be trained and "
-                        "validated alike. Plan one of them again with nnssl_plan_finetuning"
-                    )
+        recipe = _differing_recipe(arm, reference)
         own, base = (a.plans["configurations"][configuration] for a in (arm, reference))
-        differing = [key for key in _NETWORK_KEYS if own.get(key) != base.get(key)]
-        if differing and arm.config is not None:
+        network = [key for key in _NETWORK_KEYS if own.get(key) != base.get(key)]
+        if recipe or network:
             warnings.append(
-                f"{arm.label} and {reference.label} differ in {', '.join(differing)} besides the pretraining, so a "
-                "difference between them is not the pretraining's alone."
+                f"{arm.label} and {reference.label} differ in {', '.join([*network, *recipe])} besides the "
+                "pretraining, so a difference between them is not the pretraining's alone."
             )
     return warnings
+
+
+def _differing_recipe(arm: PlannedArm, reference: PlannedArm) -> list[str]:
+    """What two arms are trained with that is not the same, each as `lr (0.001, not 0.01)`."""
+    if arm.config is None or reference.config is None:
+        return []
+    differing = []
+    for name in arm.config.__dataclass_fields__:
+        own, base = getattr(arm.config, name), getattr(reference.config, name)
+        if own == base or name in (*_EXPECTED_TO_DIFFER, *_NO_INFLUENCE):
+            continue
+        if name in _SAME_IN_ALL_ARMS:
+            raise ValueError(
+                f"{name} is {own} in {arm.name} and {base} in {reference.name}: arms must be trained and "
+                "validated alike. Plan one of them again with nnssl_plan_finetuning"
+            )
+        differing.append(f"{name} ({own}, not {base})")
+    return differing
 
 
 def find_leaks(arms: Iterable[PlannedArm], hashes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

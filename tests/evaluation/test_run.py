@@ -269,6 +269,15 @@ def test_unequal_lengths_of_training_are_refused(world: SimpleNamespace) -> None
         run()
 
 
+def test_unequal_recipes_are_said_openly(world: SimpleNamespace) -> None:
+    equal = prepare(SETTINGS, InlineExecutor()).warnings
+    assert not any("differ" in warning for warning in equal)
+    fakes.make_plans(world.root, "ptPlans__scratch", schedule="warmup", lr=0.5, save_every=3)
+    (warning,) = set(prepare(SETTINGS, InlineExecutor()).warnings) - set(equal)
+    assert "mae and scratch differ in lr (" in warning
+    assert "not 0.5), schedule (poly, not warmup) besides the pretraining" in warning
+
+
 def test_arms_planned_on_different_folds_are_refused(world: SimpleNamespace) -> None:
     fakes.make_plans(world.root, "ptPlans__scratch", splits=fakes.splits(num_folds=4))
     with pytest.raises(ValueError, match="planned with different folds"):
