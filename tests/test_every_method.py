@@ -55,7 +55,8 @@ def trainer(method: tuple[str, str]) -> PretrainTrainer:
 
 @pytest.fixture(params=sorted(PATCHES), ids=lambda dims: f"{dims}d")
 def plan(request, method: tuple[str, str]) -> Plan:
-    return request.getfixturevalue(PLANS[method[1]])(PATCHES[request.param])
+    channels = TRAINERS.get(method[0]).task.info.needs.channels
+    return request.getfixturevalue(PLANS[method[1]])(PATCHES[request.param], channels)
 
 
 def build(trainer: PretrainTrainer, plan: Plan, seed: int = 0) -> PretextTask:
@@ -65,13 +66,19 @@ def build(trainer: PretrainTrainer, plan: Plan, seed: int = 0) -> PretextTask:
 
 
 def make_batch(task: PretextTask, step: int = 0) -> Batch:
-    """Smooth crops of as many cases as the plan's batch has, each a wave of its own; the last is partly padding."""
-    configuration = task.configuration
+    """What the task asks for: smooth crops of different cases, each a wave of its own; the last is partly padding.
+
+    Co-registered images of one session show one wave, moved along by a phase.
+    """
+    configuration, needs = task.configuration, task.needs
+    rows = configuration.batch_size * needs.images
     size = [round(edge * task.parent_scale) for edge in configuration.patch_size]
-    grid = torch.stack(torch.meshgrid(*(torch.arange(edge) / 4 for edge in size), indexing="ij"))
-    samples = tuple(range(step * configuration.batch_size, (step + 1) * configuration.batch_size))
-    waves = [torch.sin((grid * (1 + sample % NUM_CASES) / 2).sum(0)) for sample in samples]
-    data = torch.stack(waves)[:, None].repeat(1, configuration.num_input_channels, *[1] * len(size))
+    grid = torch.stack(torch.meshgrid(*(torch.arange(edge) / 4 for edge in size), indexing="ij")).sum(0)
+    samples = tuple(range(step * rows, (step + 1) * rows))
+    shared = needs.images if needs.same == "session" else 1
+    waves = [grid * (1 + sample // shared % NUM_CASES) / 2 + sample % shared for sample in samples]
+    phases = torch.arange(configuration.num_input_channels).view(-1, *[1] * len(size))
+    data = torch.stack([torch.sin(wave + phases) for wave in waves])
     valid = torch.ones(len(samples), 1, *size, dtype=torch.bool)
     valid[-1, :, -3:] = False
     spacing = torch.tensor(configuration.spacing).expand(len(samples), -1)

@@ -21,6 +21,7 @@ from nnssl_ext.core.registry import Registry
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
 from nnssl_ext.loading.batch import Batch
+from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -47,6 +48,8 @@ class TaskInfo:
     trains_decoder: bool = False
     """Whether the decoder that a CNN exports was trained as well, so that fine-tuning may start from it. That of a
     transformer never serves another task: its widths follow the number of classes."""
+    needs: DataNeeds = field(default_factory=DataNeeds)
+    """What it asks of the data; a run on data that cannot give it is refused at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,11 @@ class PretextTask(nn.Module, ABC):
         self.config = config
         self.configuration = configuration
         self.num_cases = num_cases
+
+    @property
+    def needs(self) -> DataNeeds:
+        """What the loader has to deliver; a subclass may derive it from its config."""
+        return self.info.needs
 
     @abstractmethod
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
