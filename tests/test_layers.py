@@ -60,3 +60,22 @@ def test_a_mistyped_option_is_an_error(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert "usage:" in done.stderr
+
+
+def test_training_a_convolutional_network_imports_no_transformers(tiny_plan, tmp_path):
+    """Catches a method's file that imports `nnssl_ext.models.primus` at its top: timm takes seconds."""
+    tiny_plan().save(tmp_path / "plans.json")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from nnssl_ext.engine import loop\n"
+        "from nnssl_ext.engine.checkpoint import build_checkpoint\n"
+        "from nnssl_ext.engine.task import TRAINERS\n"
+        "from nnssl_ext.planners.plan import Plan\n"
+        f"plan = Plan.load(Path({str(tmp_path / 'plans.json')!r}))\n"
+        "trainer = TRAINERS.get('MAETrainer')()\n"
+        "task = trainer.build_task(plan.configuration('3d_fullres'), 2)\n"
+        "build_checkpoint(task, trainer, plan, content_hashes=[])\n"
+        "print('timm' in sys.modules)"
+    )
+    assert run(code).strip() == "False"

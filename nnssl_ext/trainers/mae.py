@@ -22,9 +22,8 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_mse
-from nnssl_ext.models.primus import PrimusEncoder, build_primus, export_primus
-from nnssl_ext.models.resenc import build_unet, export_unet
-from nnssl_ext.models.token_decoder import TokenDecoder
+from nnssl_ext.models.backbone import export_network, is_transformer
+from nnssl_ext.models.resenc import build_unet
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.masks import block_mask
@@ -80,6 +79,9 @@ class MAE(PretextTask):
         super().__init__(config, configuration, num_cases)
         self.decoder: nn.Module
         if configuration.backbone == "vit":
+            from nnssl_ext.models.primus import build_primus
+            from nnssl_ext.models.token_decoder import TokenDecoder
+
             self.encoder = build_primus(configuration)
             _check_tokens(prod(self.encoder.grid), config.mask_ratio)
             num_heads = max(1, round(config.decoder_heads * self.encoder.num_heads))
@@ -100,7 +102,7 @@ class MAE(PretextTask):
             moved = spatial_view(target, valid, batch.spacing, random.child("spatial"), self.config.spatial)
             target, valid = moved.data, moved.valid
         shape, config, mask = target.shape[2:], self.config, random.child("mask")
-        if isinstance(self.encoder, PrimusEncoder):
+        if is_transformer(self.encoder):
             token_size = self.encoder.token_size
             kept = keep_tokens(mask, valid, token_size, config.mask_ratio)
             return {"target": target, "hidden": hidden_voxels(kept, token_size, shape), "valid": valid, "kept": kept}
@@ -123,15 +125,13 @@ class MAE(PretextTask):
         return StepOutput(loss=loss, metrics=metrics, images=images)
 
     def _restore(self, masked: torch.Tensor, views: Views) -> torch.Tensor:
-        if isinstance(self.encoder, PrimusEncoder):
+        if is_transformer(self.encoder):
             return self.decoder(self.encoder.tokens(masked, views["kept"]), views["kept"])
         return self.decoder(self.encoder(masked))
 
     def export_network(self) -> nn.Module:
         """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
-        if isinstance(self.encoder, PrimusEncoder):
-            return export_primus(self.configuration, self.encoder)
-        return export_unet(self.configuration, self.encoder, self.decoder)
+        return export_network(self.configuration, self.encoder, self.decoder)
 
 
 def _check_block(block_size: int, patch_size: tuple[int, ...]) -> None:
