@@ -19,8 +19,6 @@ MAX_SPACING_MM = 100.0
 """Ten centimetres between voxels: coarser than any scan that shows anatomy."""
 MAX_EXTENT_MM = 5000.0
 """Five metres: longer than a whole-body scan, so the spacing is in another unit."""
-GEOMETRY_TOLERANCE = 1e-3
-"""Difference in spacing and origin (mm) and in direction cosines below which a label map lies on its image."""
 KINDS = (
     "missing",
     "unreadable",
@@ -207,7 +205,7 @@ def _check_channels(case: Case, headers: Sequence[Header], num_channels: int) ->
     for header, path in zip(headers[1:], case.images[1:], strict=True):
         if header.shape != first.shape:
             reason = f"its shape {header.shape} differs from {first.shape} of channel 0"
-        elif not _same_place(header, first):
+        elif not header.geometry.same_place(first.geometry):
             reason = "its spacing, origin or direction differs from that of channel 0"
         else:
             continue
@@ -228,15 +226,6 @@ def _check_spacing(case_id: str, file: Path, header: Header) -> list[Problem]:
     else:
         return []
     return [Problem(case_id, file, reason, "spacing")]
-
-
-def _same_place(one: Header, other: Header) -> bool:
-    pairs = (
-        (one.spacing, other.spacing),
-        (one.geometry.origin, other.geometry.origin),
-        (one.geometry.direction, other.geometry.direction),
-    )
-    return all(len(a) == len(b) and np.allclose(a, b, rtol=0, atol=GEOMETRY_TOLERANCE) for a, b in pairs)
 
 
 def _check_stored(case: Case, file: Path) -> list[Problem]:
@@ -262,7 +251,7 @@ def _check_label(case: Case, file: Path, image: Header, values: frozenset[int] |
         reason = f"the label map has shape {header.shape}, the image {image.shape}"
         return [Problem(case.case_id, file, reason, "label_geometry")]
     problems = []
-    if not _same_place(header, image):
+    if not header.geometry.same_place(image.geometry):
         reason = "the label map's spacing, origin or direction differs from the image's"
         problems.append(Problem(case.case_id, file, reason, "label_geometry"))
     unknown = set(np.unique(labels).tolist()) - set(values if values is not None else np.unique(labels).tolist())

@@ -83,7 +83,7 @@ def score_run(task: ScoringTask) -> dict[str, dict[str, ClassScores]]:
 
     Raises:
         FileNotFoundError: If a reference or prediction is missing.
-        ValueError: If one cannot be read, or their shapes differ.
+        ValueError: If one cannot be read, or they differ in shape or in geometry.
     """
     stamp = _stamp(task)
     if task.cache.is_file():
@@ -118,7 +118,13 @@ def _score_files(task: ScoringTask, case: str) -> dict[str, ClassScores]:
     from nnssl_ext.imageio import read_segmentation
 
     reference, geometry = read_segmentation(task.references[case])
-    prediction, _ = read_segmentation(_prediction(task, case))
+    prediction, own = read_segmentation(_prediction(task, case))
+    if not own.same_place(geometry):
+        raise ValueError(
+            f"{_prediction(task, case)} lies elsewhere than {task.references[case]}: its spacing {own.spacing}, origin "
+            f"{own.origin} or direction differs from {geometry.spacing}, {geometry.origin}. Delete {task.fold_folder} "
+            "to train and predict that fold again"
+        )
     return score_case(
         reference, prediction, geometry.spacing, task.classes, task.tolerance_mm, ignore_label=task.ignore_label
     )

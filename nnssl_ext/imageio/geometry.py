@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+TOLERANCE = 1e-3
+"""Difference in spacing and origin (mm) and in direction cosines below which two images lie in the same place."""
 SLICE_SPACING_FACTOR = 999.0
 """nnU-Net gives a 2D image a slice distance of 999 times its pixel size, so that planning never resamples across it."""
 
@@ -20,6 +24,15 @@ class Geometry:
     """Position of the first voxel in mm, (x, y, z), or (x, y) of a 2D image; empty where the format has none."""
     direction: tuple[float, ...] = ()
     """Direction cosines, row by row, 9 or 4 of them; empty where the format has none."""
+
+    def same_place(self, other: Geometry) -> bool:
+        """Whether voxels of the same index show the same point, within `TOLERANCE`."""
+        pairs = (
+            (self.spacing, other.spacing),
+            (self.origin, other.origin),
+            (self.direction, other.direction),
+        )
+        return all(len(a) == len(b) and np.allclose(a, b, rtol=0, atol=TOLERANCE) for a, b in pairs)
 
     def to_nnunet_properties(self) -> dict[str, Any]:
         """The properties that nnU-Net's reader returns with such an image and that its writer wants back."""

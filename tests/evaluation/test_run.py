@@ -12,6 +12,7 @@ from nnssl_ext.evaluation.preparation import EvaluationSettings, prepare
 from nnssl_ext.evaluation.records import MEAN_CLASS, load_evaluation
 from nnssl_ext.evaluation.run import evaluate
 from nnssl_ext.finetuning.config import PLANS_KEY
+from nnssl_ext.imageio import read_segmentation, write_segmentation
 from tests.evaluation import fakes
 
 SETTINGS = EvaluationSettings(dataset=4, plans=("ptPlans__mae", "ptPlans__scratch"))
@@ -170,6 +171,17 @@ def test_a_missing_prediction_is_found_out(world: SimpleNamespace) -> None:
     fold = world.results / "SSLFinetuneTrainer__ptPlans__scratch__3d_fullres" / "fold_1" / "validation"
     (fold / f"{lost}.nii.gz").unlink()
     with pytest.raises(ValueError, match=f"there are predictions for 2 cases instead of 3 .missing: {lost}"):
+        run(SETTINGS)
+
+
+def test_a_prediction_that_lies_elsewhere_is_found_out(world: SimpleNamespace) -> None:
+    """Arrays of equal shape would be scored as if nothing were wrong."""
+    run(SETTINGS)
+    case = fakes.splits()[1].val[0]
+    path = world.results / "SSLFinetuneTrainer__ptPlans__scratch__3d_fullres" / "fold_1" / "validation"
+    labels, geometry = read_segmentation(path / f"{case}.nii.gz")
+    write_segmentation(labels, replace(geometry, origin=(0.0, 0.0, 5.0)), path / f"{case}.nii.gz")
+    with pytest.raises(ValueError, match=rf"{case}.nii.gz lies elsewhere than .*origin"):
         run(SETTINGS)
 
 
