@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -53,6 +53,30 @@ class TaskInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """What a joint-embedding task shows the collapse monitor: detached, taken from the pass that is made anyway.
+
+    Every tensor has one row per row of the batch, in its order.
+    """
+
+    first: torch.Tensor
+    """Projector outputs of one view of each case, (B, D)."""
+    second: torch.Tensor
+    """Projector outputs, of the same network, of another view of the same cases, (B, D)."""
+    targets: torch.Tensor | None = None
+    """Probabilities that a teacher assigns to the first view, centred and sharpened as in the loss, (B, K); rows sum
+    to 1. None where the method has no prototypes."""
+    token_spread: torch.Tensor | None = None
+    """How far a volume's tokens differ, (B,), as `monitors.token_spread` gives it. None without tokens."""
+
+
+Response = Literal["sharpen", "soften", "spread", "anchor"]
+"""What the monitor may ask of a task: `sharpen` flat targets (a faster centre, the teacher's first temperature, at last
+fewer prototypes); `soften` targets that are all the same (centre momentum .99, a temperature .01 higher); `spread` the
+embeddings (twice the KoLeo weight); `anchor` the tokens (Gram) to the weights as they are when it is asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepOutput:
     """What one forward pass of a task gives."""
 
@@ -62,6 +86,8 @@ class StepOutput:
     """Detached scalars to log by name. A metric with a known chance level has it beside it as `<name>_chance`."""
     images: Mapping[str, torch.Tensor] | None = None
     """Detached pictures (B, C, *patch) to log by name, such as input, masked and output."""
+    embeddings: Embeddings | None = None
+    """For the collapse monitor, from joint-embedding tasks, in training and in validation; None from all others."""
 
 
 class PretextTask(nn.Module, ABC):
@@ -127,6 +153,25 @@ class PretextTask(nn.Module, ABC):
             total: Optimiser steps of the whole run.
         """
 
+    def respond(self, response: Response) -> str:
+        """Turns a knob because the collapse monitor asks for it; all that changes is state in buffers, so it is saved.
+
+        Returns:
+            What was changed, in words for the log; empty where the task has no such knob, or it is at its end.
+        """
+        return ""
+
+    def sham(self, views: Views, random: SampleRandom) -> Views:
+        """The views with their targets destroyed and all else alike, for control runs that must learn nothing.
+
+        What is restored belongs to another case, positives come from other cases, classes are drawn anew.
+        `views.sham` has the tools.
+
+        Raises:
+            ValueError: Where the method has no sham.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be trained as a sham: it does not say what its targets are.")
+
     def lr_scale(self, name: str) -> float:
         """Factor on the learning rate of the parameter of that name: layer-wise decay, a slow patch embedding."""
         return 1.0
@@ -176,6 +221,8 @@ class PretrainTrainer:
     """Share of the patients held out for validation, in (0, 1)."""
     min_foreground: float = 0.5
     """Share of a training crop that should be foreground, in [0, 1]; degrades gracefully on small or sparse cases."""
+    sham: bool = False
+    """Whether the targets are destroyed, for a control run that shows what optimiser and data do without the task."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Makes the subclass a dataclass whose plain assignments are the fields' new defaults."""
