@@ -103,17 +103,33 @@ class PrimusBackbone(nn.Module):
             (B, n, D), in the order of `kept`, without registers; what stands at an empty place has no meaning.
         """
         embedded = self.down_projection(x)
-        grid, prefix = tuple(embedded.shape[2:]), self.eva.num_prefix_tokens
-        position = resample_positions(self.eva.pos_embed, self.grid, grid)
-        rope = rotary_table(self.eva.rope, self.grid, grid)
-        tokens, mask = embedded.flatten(2).transpose(1, 2) + position[:, prefix:], None
+        tokens = embedded.flatten(2).transpose(1, 2) + self.positions(embedded.shape[2:])
+        rope, filled = rotary_table(self.eva.rope, self.grid, embedded.shape[2:]), None
         if kept is not None:
-            index = kept.clamp(min=0)
-            tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-            rope, mask = rope[index][:, None], _attended(kept, prefix)
+            tokens, rope, filled = pick(tokens, kept), rope[kept.clamp(min=0)], kept >= 0
+        return self.attend(tokens, rope, filled)
+
+    def positions(self, grid: Sequence[int]) -> torch.Tensor:
+        """The learned positions of a grid's tokens, (1, tokens, D)."""
+        return resample_positions(self.eva.pos_embed, self.grid, grid)[:, self.eva.num_prefix_tokens :]
+
+    def attend(self, tokens: torch.Tensor, rope: torch.Tensor, filled: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs embedded tokens through the blocks, beside the registers.
+
+        Args:
+            tokens: (B, n, D), positions added.
+            rope: The rotary row of each, (n, width) or (B, n, width).
+            filled: (B, n), False at empty places, which no token attends to. None: there are none.
+
+        Returns:
+            (B, n, D), without registers.
+        """
+        prefix = self.eva.num_prefix_tokens
+        mask = None if filled is None else attended(filled, prefix)
         if self.register_tokens is not None:
-            registers = (self.register_tokens + position[:, :prefix]).expand(len(x), -1, -1)
+            registers = (self.register_tokens + self.eva.pos_embed[:, :prefix]).expand(len(tokens), -1, -1)
             tokens = torch.cat([registers, tokens], dim=1)
+        rope = rope[:, None] if rope.ndim == tokens.ndim else rope
         for block in self.eva.blocks:
             tokens = block(tokens, rope=rope, attn_mask=mask)
         return self.eva.norm(tokens)[:, prefix:]
@@ -235,16 +251,28 @@ def _check(patch_size: Sequence[int], token: Sequence[int], width: int, num_head
         )
 
 
-def _attended(kept: torch.Tensor, num_registers: int) -> torch.Tensor | None:
-    """Which places attention looks at, (B, 1, 1, registers + n); None where no place is empty.
+def pick(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The values (B or 1, tokens, D) of the kept tokens (B, n): (B, n, D); those of an empty place have no meaning."""
+    index = kept.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1])
+    return values.expand(len(kept), -1, -1).gather(1, index)
+
+
+def attended(filled: torch.Tensor, num_registers: int = 0) -> torch.Tensor | None:
+    """Which places attention looks at.
 
     The first place always counts, since attention to nothing is not a number.
+
+    Args:
+        filled: (B, n), False at empty places.
+        num_registers: Tokens before them, which always count.
+
+    Returns:
+        (B, 1, 1, registers + n), bool; None where no place is empty.
     """
-    filled = kept >= 0
     if filled.all():
         return None
-    filled[:, 0] = True
-    return functional.pad(filled, (num_registers, 0), value=True)[:, None, None]
+    first = torch.arange(filled.shape[1], device=filled.device) == 0
+    return functional.pad(filled | first, (num_registers, 0), value=True)[:, None, None]
 
 
 def resample_positions(embedding: torch.Tensor, source: Sequence[int], target: Sequence[int]) -> torch.Tensor:
