@@ -1,0 +1,34 @@
+"""Spread of features by the distance to the nearest one (Sablayrolles et al. 2019, KoLeo, arXiv:1806.03198)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional
+
+
+def koleo(features: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Mean of -log of the distance to the nearest other feature, on the unit sphere.
+
+    The others are constants, be they of this batch, of other ranks or of a queue: so the loss of two ranks is that of
+    one, and each feature is pushed by its own term alone.
+
+    Args:
+        features: (N, D).
+        others: (M, D).
+        excluded: (N, M), bool; True where the other must not repel, such as the feature itself and views of its case.
+        eps: Added to the distance.
+
+    Returns:
+        A scalar in float32, at least -log(2 + eps); 0 where no feature has another one.
+    """
+    if not others.shape[0]:
+        return features.float().sum() * 0
+    unit = functional.normalize(features.float(), dim=-1)
+    around = functional.normalize(others.detach().float(), dim=-1)
+    similarity = (unit.detach() @ around.T).masked_fill(excluded, -math.inf)
+    best, nearest = similarity.max(1)
+    found = best > -math.inf
+    distance = ((unit - around[nearest]).square().sum(-1) + eps**2).sqrt()  # the root of 0 has no finite slope
+    return -((distance + eps).log() * found).sum() / found.sum().clamp(min=1)
