@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-patch_size", type=int, nargs="+", metavar="N", help="voxels z y x (default: the checkpoint's)")
     p.add_argument("-batch_size", type=int, help="samples a step (default: 2 in 3D, 12 in 2D)")
     p.add_argument("--from_scratch", action="store_true", help="the fair baseline: the same plans without weights")
+    p.add_argument("--allow_sham", action="store_true", help="take the weights of a control run (nnssl_train --sham)")
     p.add_argument("--splits", type=Path, help="JSON of folds with train and val ids (default: splits_final.json)")
     p.add_argument(
         "--ignore_keys",
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         patch_size=args.patch_size,
         batch_size=args.batch_size,
         from_scratch=args.from_scratch,
+        allow_sham=args.allow_sham,
         ignore_keys=args.ignore_keys,
         splits=read_splits(args.splits) if args.splits else None,
         num_processes=args.np,

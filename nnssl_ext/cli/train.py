@@ -57,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("-tag", "--tag", help="name of this variant in the results folder (default with --set: a short hash)")
     add(
+        "--sham",
+        action="store_true",
+        help="a control run with destroyed targets: what pretraining gives beyond it is the method's own",
+    )
+    add(
         "--c", dest="resume", action="store_true", help="go on with the run that is there, or begin where there is none"
     )
     add("--list", action="store_true", help="show every method, one line each, and leave")
@@ -199,12 +204,14 @@ def _spec(args: argparse.Namespace) -> RunSpec:
         configuration = replace(configuration, batch_size=args.batch_size)
     lengths = {name: getattr(args, name) for name in ("num_epochs", "steps_per_epoch")}
     short = [f"{name}={value}" for name, value in lengths.items() if value is not None]
+    short += ["sham=true"] * args.sham
+    trainer = TRAINERS.get(args.trainer).configured([*args.set, *short], configuration.backbone)
     return RunSpec(
-        trainer=TRAINERS.get(args.trainer).configured([*args.set, *short], configuration.backbone),
+        trainer=trainer,
         plan=plan,
         configuration=configuration,
         data_folder=dataset / configuration.data_identifier,
-        folder=run_folder(dataset.name, _run_trainer_name(args), plan.plans_name, configuration.name),
+        folder=run_folder(dataset.name, run_trainer_name(args, trainer.sham), plan.plans_name, configuration.name),
         settings=_settings(args),
         resume=args.resume,
     )
@@ -220,8 +227,8 @@ def _dataset(dataset: str) -> Path:
         raise FileNotFoundError(f"{error}. Once converted: nnssl_plan_and_preprocess -d {dataset}") from error
 
 
-def _run_trainer_name(args: argparse.Namespace) -> str:
-    """The trainer's name in the results folder: with a tag where settings were changed."""
+def run_trainer_name(args: argparse.Namespace, sham: bool) -> str:
+    """The trainer's name in the results folder: with a tag where settings were changed, saying where it is a sham."""
     import hashlib
 
     tag = args.tag
@@ -229,7 +236,7 @@ def _run_trainer_name(args: argparse.Namespace) -> str:
         tag = hashlib.sha256("\n".join(sorted(args.set)).encode()).hexdigest()[:6]
     if tag is not None and not re.fullmatch(TAG_PATTERN, tag):
         raise ValueError(f"tag {tag!r} is not allowed: use letters, digits, '-', '.' and single '_' between them.")
-    return args.trainer if tag is None else f"{args.trainer}-{tag}"
+    return "-".join(part for part in (args.trainer, "sham" if sham else None, tag) if part is not None)
 
 
 def _device(args: argparse.Namespace) -> str:

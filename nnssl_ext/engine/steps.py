@@ -137,7 +137,10 @@ class Stepper:
     def _forward(self, batch: Batch, random: SampleRandom, train: bool) -> StepOutput:
         batch = batch.to(self.device)
         with torch.no_grad():
-            views = {name: self._laid_out(view) for name, view in self.task.views(batch, random, train).items()}
+            views = self.task.views(batch, random, train)
+            if self.trainer.sham:
+                views = self.task.sham(views, random.child("sham"))
+            views = {name: self._laid_out(view) for name, view in views.items()}
         with autocast(self.precision, self.device):
             return (self.module if train else self.plain)(views)
 

@@ -65,6 +65,7 @@ def plan_finetuning(
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
     from_scratch: bool = False,
+    allow_sham: bool = False,
     ignore_keys: Sequence[str] = (),
     splits: Sequence[Split] | None = None,
     num_processes: int = 1,
@@ -83,6 +84,7 @@ def plan_finetuning(
         patch_size: Voxels; by default what the checkpoint recommends.
         batch_size: Samples per step; by default 2 in 3D and 12 in 2D.
         from_scratch: Write the fair baseline instead: the same plans without weights.
+        allow_sham: Take a control run's weights, which were trained on destroyed targets.
         ignore_keys: Prefixes of checkpoint keys that may be dropped without a known reason.
         splits: Folds; by default those of `splits_final.json`, which is written, by patient, where there is none.
         num_processes: For nnU-Net's fingerprint, where that is missing.
@@ -95,6 +97,11 @@ def plan_finetuning(
     """
     plans_name = _plans_name(name)
     pretrained = read_pretrained(checkpoint)
+    if pretrained.sham and not (allow_sham or from_scratch):
+        raise ValueError(
+            f"{checkpoint} is of a sham run, a control whose targets were destroyed. Use the checkpoint of the real "
+            "run, or, for the control arm of a comparison, --allow_sham"
+        )
     folder = prepare_dataset(dataset, num_processes, with_plans=mode == "default_nnunet")
     fingerprint, dataset_json = read_json(folder / "dataset_fingerprint.json"), read_json(folder / "dataset.json")
     preprocessing = _preprocessing(folder, pretrained, mode, spacing, fingerprint, dataset_json)

@@ -54,6 +54,8 @@ class Pretrained:
     """Tokens per axis that the position embedding was learned for."""
     trains_decoder: bool | None = None
     """Whether the pretraining trained the decoder; None where the checkpoint does not say."""
+    sham: bool = False
+    """Whether it is of a control run, trained on destroyed targets."""
     citations: tuple[Any, ...] = ()
     """What to cite when these weights are used."""
     content_hashes: tuple[str, ...] = ()
@@ -99,6 +101,7 @@ def _pretrained(path: Path, checkpoint: Mapping[str, Any], plan: Mapping[str, An
     (configuration,) = plans["configurations"].values()
     patch_size = plan["recommended_downstream_patchsize"]
     ours = "nnssl_pretraining" in checkpoint
+    pretraining = checkpoint.get("nnssl_pretraining", {})
     architecture = _architecture(plan["architecture_plans"], patch_size, ours, path)
     return Pretrained(
         name=Path(path).name,
@@ -113,7 +116,8 @@ def _pretrained(path: Path, checkpoint: Mapping[str, Any], plan: Mapping[str, An
         in_proj_keys=tuple(plan["keys_to_in_proj"]),
         position_key=plan["key_to_lpe"],
         position_grid=token_grid(architecture) if is_transformer(architecture) else (),
-        trains_decoder=checkpoint.get("nnssl_pretraining", {}).get("trains_decoder"),
+        trains_decoder=pretraining.get("trains_decoder"),
+        sham=pretraining.get("recipe", {}).get("sham", False),
         citations=tuple(checkpoint.get("citations") or ()),
         content_hashes=tuple(checkpoint.get("nnssl_content_hashes") or ()),
     )

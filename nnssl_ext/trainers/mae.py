@@ -27,6 +27,7 @@ from nnssl_ext.models.resenc import build_unet
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.masks import block_mask
+from nnssl_ext.views.sham import of_another_case
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
 from nnssl_ext.views.tokens import hidden_voxels, keep_tokens, num_visible
 
@@ -112,22 +113,28 @@ class MAE(PretextTask):
     def forward(self, views: Views) -> StepOutput:
         """The error on hidden voxels, beside that of guessing each crop's visible mean."""
         target, hidden, valid = views["target"], views["hidden"], views["valid"]
+        image = views.get("image", target)
         visible = ~hidden & valid
-        masked = torch.where(visible, target, 0)
+        masked = torch.where(visible, image, 0)
         output = self._restore(masked, views)
         loss = masked_mse(output, target, hidden, valid)
         metrics = {
             "mse": loss.detach(),
-            "mse_chance": masked_mse(_visible_mean(target, visible), target, hidden, valid),
+            "mse_chance": masked_mse(_visible_mean(image, visible), target, hidden, valid),
             "hidden_share": (hidden & valid).sum() / valid.sum().clamp(min=1),
         }
-        images = None if self.training else {"input": target, "masked": masked, "output": output.detach()}
+        images = None if self.training else {"input": image, "masked": masked, "output": output.detach()}
         return StepOutput(loss=loss, metrics=metrics, images=images)
 
     def _restore(self, masked: torch.Tensor, views: Views) -> torch.Tensor:
         if is_transformer(self.encoder):
             return self.decoder(self.encoder.tokens(masked, views["kept"]), views["kept"])
         return self.decoder(self.encoder(masked))
+
+    def sham(self, views: Views, random: SampleRandom) -> Views:
+        """The voxels to restore are those of another case; see `PretextTask.sham`."""
+        target, valid = of_another_case(views["target"]), of_another_case(views["valid"])
+        return {**views, "image": views["target"], "target": target, "valid": views["valid"] & valid}
 
     def export_network(self) -> nn.Module:
         """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nnssl_ext.cli.train import STOPPED, free_memory, main, parser
+from nnssl_ext.cli.train import STOPPED, free_memory, main, parser, run_trainer_name
 from nnssl_ext.core.records import read_json
 from tests.engine.conftest import preprocessed  # noqa: F401 - a fixture
 
@@ -91,6 +91,19 @@ def test_free_memory_of_this_machine_is_plausible():
 def test_repeated_set_options_add_up():
     args = parser().parse_args(["1", "3d_fullres", "--set", "a=1", "b=2", "--set", "c=3"])
     assert args.set == ["a=1", "b=2", "c=3"]
+
+
+@pytest.mark.parametrize(
+    ("tag", "sham", "expected"),
+    [
+        ([], False, "MAETrainer"),
+        ([], True, "MAETrainer-sham"),
+        (["-tag", "a"], False, "MAETrainer-a"),
+        (["-tag", "a"], True, "MAETrainer-sham-a"),
+    ],
+)
+def test_the_folder_of_a_run_names_its_tag_and_a_sham(tag, sham, expected):
+    assert run_trainer_name(parser().parse_args(tag), sham) == expected
 
 
 class TestOnData:

@@ -256,6 +256,15 @@ def test_cases_that_vanished_are_named_on_resume(make_spec, monkeypatch):
         pretrain(replace(spec, resume=True))
 
 
+def test_a_sham_run_is_told_apart_and_learns_something_else(make_spec):
+    honest, sham = make_spec(["num_epochs=1"]), make_spec(["num_epochs=1", "sham=true"], name="sham")
+    pretrain(honest)
+    pretrain(sham)
+    assert records(sham.folder)[0]["train_loss"] != records(honest.folder)[0]["train_loss"]
+    assert read_json(sham.folder / "config.json")["recipe"]["sham"] is True
+    assert load_checkpoint(sham.folder / "checkpoint_final.pth")["nnssl_pretraining"]["recipe"]["sham"] is True
+
+
 def test_one_case_is_refused(make_spec):
     spec = make_spec()
     shrink_store(spec, 1)

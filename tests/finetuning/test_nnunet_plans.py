@@ -74,6 +74,15 @@ def test_the_baseline_differs_in_weights_and_recipe_only(labelled_dataset: Path,
     assert (baseline["lr"], baseline["schedule"]) == (1e-2, "poly")
 
 
+def test_a_sham_is_taken_only_when_asked_for(labelled_dataset: Path, checkpoint_file: Path) -> None:
+    content = torch.load(checkpoint_file)
+    torch.save({**content, "nnssl_pretraining": {"recipe": {"sham": True}}}, checkpoint_file)
+    with pytest.raises(ValueError, match=r"checkpoint\.pth is of a sham run.*--allow_sham"):
+        plan_finetuning(7, checkpoint_file, "mae")
+    assert not (labelled_dataset / "ptPlans__mae.json").exists()
+    assert plan_finetuning(7, checkpoint_file, "mae", allow_sham=True).weights_path is not None
+
+
 def test_the_report_names_its_command_and_every_key(labelled_dataset: Path, checkpoint_file: Path) -> None:
     words = ["nnssl_plan_finetuning", "-d", "7"]
     report = read_json(plan_finetuning(7, checkpoint_file, "mae", command=words).report_path)

@@ -119,6 +119,22 @@ def test_it_learns_structure_beyond_chance(tiny_plan):
     assert output.metrics["mse"] < 0.5 * output.metrics["mse_chance"]
 
 
+def test_a_sham_sees_its_case_and_is_asked_for_another(tiny_plan, patch_size):
+    """Fails where the input is rolled along with the target, which would be no sham, or padding is asked for."""
+    task, batch = make_task(tiny_plan(patch_size)).eval(), make_batch(patch_size)
+    views = task.views(batch, RANDOM, train=False)
+    sham = task.sham(views, RANDOM)
+    counted = (views["hidden"] & batch.valid & batch.valid.flip(0)).expand_as(batch.data)
+    with torch.no_grad():
+        honest, output = task(views), task(sham)
+    seen = ~views["hidden"] & batch.valid & batch.valid.flip(0)
+    assert torch.equal(output.images["masked"], honest.images["masked"] * seen)
+    errors = (output.images["output"] - batch.data.flip(0)).square()
+    expected = torch.stack([error[where].mean() for error, where in zip(errors, counted, strict=True)]).mean()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert output.loss.item() != pytest.approx(honest.loss.item(), rel=1e-3)
+
+
 def test_recipe_is_the_published_one():
     trainer = TRAINERS.get("MAETrainer")()
     assert (trainer.optim.name, trainer.optim.lr, trainer.optim.momentum) == ("sgd", 1e-2, 0.99)
