@@ -121,3 +121,9 @@ def run_folder(dataset_name: str, trainer: str, plans_name: str, configuration: 
         ValueError: If the results root is not set.
     """
     return results_root() / dataset_name / run_name(trainer, plans_name, configuration) / f"fold_{fold}"
+
+
+def plans_in(folder: Path) -> str:
+    """Names of the plans in a dataset's preprocessed folder, for messages."""
+    names = sorted(path.stem for path in folder.glob("*Plans*.json") if not path.stem.endswith("_report"))
+    return ", ".join(names) or "none"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.core.paths import plans_in
 from nnssl_ext.core.records import read_json
 from nnssl_ext.dataset.splits import Split
 from nnssl_ext.evaluation.records import Arm, NumTrain, Role
@@ -67,9 +68,8 @@ def read_arm(plans_path: Path, configuration: str, plain_trainer: str = PLAIN_TR
         ValueError: If it has no such configuration, or its fine-tuning settings are not valid.
     """
     if not plans_path.is_file():
-        present = ", ".join(sorted(p.stem for p in plans_path.parent.glob("*Plans*.json"))) or "none"
         raise FileNotFoundError(
-            f"no plans {plans_path.stem!r} in {plans_path.parent} (there: {present}). Make them with "
+            f"no plans {plans_path.stem!r} in {plans_path.parent} (there: {plans_in(plans_path.parent)}). Make them with "
             "nnssl_plan_finetuning -d DATASET -pc CHECKPOINT -n NAME, the baseline with --from_scratch"
         )
     plans = read_json(plans_path)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnssl_ext.core.paths import find_dataset, run_name
+from nnssl_ext.core.paths import find_dataset, plans_in, run_name
 from nnssl_ext.core.records import read_json
 from nnssl_ext.finetuning.config import PLANS_KEY
 from nnssl_ext.finetuning.environment import nnunet_root
@@ -110,9 +110,8 @@ def _build(
     folder = find_dataset(dataset, nnunet_root("preprocessed"))
     file = folder / f"{plans_name}.json"
     if not file.is_file():
-        present = ", ".join(sorted(path.stem for path in folder.glob("*Plans*.json"))) or "none"
         raise FileNotFoundError(
-            f"no plans {plans_name} in {folder} (there: {present}). Write them: nnssl_plan_finetuning"
+            f"no plans {plans_name} in {folder} (there: {plans_in(folder)}). Write them: nnssl_plan_finetuning"
         )
     plans = read_json(file)
     if configuration not in plans["configurations"]:

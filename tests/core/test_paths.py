@@ -42,3 +42,10 @@ def test_a_bad_dataset_name_is_refused(number, name):
 def test_run_folders_are_nnunets(roots):
     folder = paths.run_folder("Dataset001_A", "MAETrainer", "nnsslPlans", "3d_fullres")
     assert folder == roots / "results/Dataset001_A/MAETrainer__nnsslPlans__3d_fullres/fold_all"
+
+
+def test_plans_in_names_plans_and_no_reports(tmp_path):
+    assert paths.plans_in(tmp_path) == "none"
+    for name in ("nnUNetPlans", "ptPlans__mae", "ptPlans__mae_report", "dataset"):
+        (tmp_path / f"{name}.json").touch()
+    assert paths.plans_in(tmp_path) == "nnUNetPlans, ptPlans__mae"
