@@ -69,8 +69,8 @@ def read_arm(plans_path: Path, configuration: str, plain_trainer: str = PLAIN_TR
     """
     if not plans_path.is_file():
         raise FileNotFoundError(
-            f"no plans {plans_path.stem!r} in {plans_path.parent} (there: {plans_in(plans_path.parent)}). Make them with "
-            "nnssl_plan_finetuning -d DATASET -pc CHECKPOINT -n NAME, the baseline with --from_scratch"
+            f"no plans {plans_path.stem!r} in {plans_path.parent} (there: {plans_in(plans_path.parent)}). Make them "
+            "with nnssl_plan_finetuning -d DATASET -pc CHECKPOINT -n NAME, the baseline with --from_scratch"
         )
     plans = read_json(plans_path)
     if configuration not in plans["configurations"]:
