@@ -47,6 +47,34 @@ def num_visible(num_tokens: int, ratio: float) -> int:
     return max(1, round((1 - ratio) * num_tokens))
 
 
+def check_ratio(num_tokens: int, ratio: float) -> None:
+    """Refuses a share that hides none of a patch's tokens.
+
+    Raises:
+        ValueError: With both numbers.
+    """
+    if num_visible(num_tokens, ratio) == num_tokens:
+        raise ValueError(
+            f"mask_ratio={ratio} hides none of a patch's {num_tokens} tokens: raise it, or plan a larger patch"
+        )
+
+
+def whole_places(valid: Tensor, token_size: Sequence[int]) -> Tensor:
+    """All tokens that hold no padding.
+
+    Args:
+        valid: (B, 1, *patch), bool.
+        token_size: Voxels of a token per axis.
+
+    Returns:
+        (B, tokens), int64: indices in rising order, then -1 where a sample has fewer.
+    """
+    whole = whole_tokens(valid, token_size)
+    num_tokens = whole.shape[1]
+    places = torch.where(whole, torch.arange(num_tokens, device=whole.device), num_tokens).sort(1).values
+    return torch.where(places < num_tokens, places, -1)
+
+
 def whole_tokens(valid: Tensor, token_size: Sequence[int]) -> Tensor:
     """Which tokens hold no padding.
 
@@ -75,6 +103,11 @@ def hidden_voxels(kept: Tensor, token_size: Sequence[int], shape: Sequence[int])
         (B, 1, *shape), bool.
     """
     grid = [size // edge for size, edge in zip(shape, token_size, strict=True)]
-    hidden = torch.ones(len(kept), prod(grid) + 1, dtype=torch.bool, device=kept.device)
-    hidden.scatter_(1, torch.where(kept >= 0, kept, prod(grid)), False)  # -1 is written behind the last token
-    return upsample_blocks(hidden[:, :-1].reshape(-1, 1, *grid), token_size, shape)
+    return upsample_blocks(hidden_tokens(kept, prod(grid)).view(-1, 1, *grid), token_size, shape)
+
+
+def hidden_tokens(kept: Tensor, num_tokens: int) -> Tensor:
+    """Which of all tokens are not kept, (B, tokens), bool; `kept` (B, n) as `keep_tokens` gives it."""
+    hidden = torch.ones(len(kept), num_tokens + 1, dtype=torch.bool, device=kept.device)
+    hidden.scatter_(1, torch.where(kept >= 0, kept, num_tokens), False)  # -1 is written behind the last token
+    return hidden[:, :-1].contiguous()
