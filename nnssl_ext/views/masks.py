@@ -14,7 +14,7 @@ def block_mask(
     random: SampleRandom,
     shape: Sequence[int],
     block_size: int | Sequence[int],
-    ratio: float,
+    ratio: float | Tensor,
     *,
     valid: Tensor | None = None,
     device: torch.device | str | None = None,
@@ -30,7 +30,7 @@ def block_mask(
         random: Keyed by sample.
         shape: Patch, 2 or 3 entries.
         block_size: Edge of a block in voxels, or one edge per axis.
-        ratio: Share of the voxels to hide, in [0, 1].
+        ratio: Share of the voxels to hide, in [0, 1]; as a tensor (B, 1) one for each sample.
         valid: (B, 1, *shape), bool; True on real voxels.
         device: Where the mask goes; that of `valid`, else the CPU.
 
@@ -41,7 +41,7 @@ def block_mask(
         ValueError: If the block does not fit the shape's dimensions or is empty, or the ratio is out of range.
     """
     block = _edges(block_size, shape)
-    if not 0 <= ratio <= 1:
+    if not isinstance(ratio, Tensor) and not 0 <= ratio <= 1:
         raise ValueError(f"ratio={ratio} must lie in [0, 1].")
     device = device if device is not None or valid is None else valid.device
     grid = [-(-size // edge) for size, edge in zip(shape, block, strict=True)]

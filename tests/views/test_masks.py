@@ -93,3 +93,9 @@ def test_upsampling_gives_each_voxel_its_block(shape) -> None:
 def test_refusals(block, ratio: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         block_mask(RANDOM, (8, 8, 8), block, ratio)
+
+
+def test_each_sample_may_have_a_ratio_of_its_own():
+    ratios = torch.tensor([[0.25], [0.75]])
+    hidden = block_mask(SampleRandom(seed=0, step=0, samples=(0, 1)), (8, 8), 2, ratios)
+    assert hidden.flatten(1).float().mean(1).tolist() == [0.25, 0.75]
