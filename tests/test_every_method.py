@@ -246,7 +246,7 @@ def test_a_stock_nnunet_loads_the_export_and_computes_the_same(trainer, plan, tm
     with torch.no_grad():
         outputs = network(x)
         its = network.encoder(x) if configuration.backbone == "cnn" else [network.token_map(x)]
-        assert all(map(torch.equal, loop.task.eval().encoder.feature_maps(x), its))
+        assert all(map(torch.equal, loop.task.eval().exported_encoder.feature_maps(x), its))
         network.decoder.seg_layers = exported.decoder.seg_layers
         network.decoder.deep_supervision = False
         assert torch.equal(network(x), exported(x))

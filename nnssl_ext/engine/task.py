@@ -176,6 +176,11 @@ class PretextTask(nn.Module, ABC):
         """Factor on the learning rate of the parameter of that name: layer-wise decay, a slow patch embedding."""
         return 1.0
 
+    @property
+    def exported_encoder(self) -> Encoder:
+        """The encoder that `export_network` hands on: `encoder`, or a teacher's copy of it."""
+        return self.encoder
+
     @abstractmethod
     def export_network(self) -> nn.Module:
         """The full segmentation network in nnU-Net's own key names, holding what was learned.
