@@ -12,6 +12,8 @@ from nnssl_ext.views.intensity import IntensityConfig, intensity_view
 BATCH = 4
 RANDOM = SampleRandom(9, 4, tuple(range(BATCH)))
 SHAPES = [(12, 15, 10), (20, 17)]
+LONG = [(70, 6, 5), (5, 70, 6), (5, 6, 70), (70, 6)]
+"""Each axis longer than the blocks that filters work in: a block that ends at its neighbour's edge is found here."""
 OFF = IntensityConfig(noise=0, blur=0, brightness=0, contrast=0, low_resolution=0, gamma=0, inverted_gamma=0)
 CHANGES = ["noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "inverted_gamma"]
 
@@ -36,7 +38,7 @@ def test_noise_has_its_standard_deviation_and_differs_everywhere(shape) -> None:
     assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.3
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + LONG)
 def test_blur_equals_scipy_normalised_at_the_border(shape) -> None:
     data, valid = crops(shape)
     blurred = intensity_view(data, valid, RANDOM, always("blur", blur_sigma=(0.8, 0.8)))
@@ -81,7 +83,7 @@ def test_gamma_is_a_power_of_the_range_that_keeps_mean_and_spread(inverted: bool
         assert got.std() == pytest.approx(image.std(), abs=1e-4)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + LONG)
 @pytest.mark.parametrize("zoom", [0.5, 0.73, 1.0])
 def test_low_resolution_equals_interpolation_down_and_up(shape, zoom: float) -> None:
     data, valid = crops(shape)
@@ -111,6 +113,15 @@ def test_a_padded_crop_is_treated_as_its_real_part_alone(name: str) -> None:
     padded = intensity_view(data, valid, RANDOM, always(name))[..., :11, :]
     alone = intensity_view(data[..., :11, :], valid[..., :11, :], RANDOM, always(name))
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=0)
+
+
+def test_how_the_input_lies_in_memory_makes_no_difference() -> None:
+    data, valid = crops(SHAPES[0])
+    config = IntensityConfig(**dict.fromkeys(CHANGES, 1.0))
+    channels_last = data.contiguous(memory_format=torch.channels_last_3d)
+    assert torch.equal(
+        intensity_view(channels_last, valid, RANDOM, config), intensity_view(data, valid, RANDOM, config)
+    )
 
 
 def test_only_drawn_samples_change_and_the_input_never_does() -> None:
