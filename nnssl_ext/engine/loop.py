@@ -36,6 +36,7 @@ from nnssl_ext.engine.steps import Meter, Stepper, Validation
 from nnssl_ext.engine.timing import Stopwatch
 from nnssl_ext.engine.tracking import Bar, Tracker
 from nnssl_ext.loading.batch import Batch
+from nnssl_ext.loading.cases import with_partners
 from nnssl_ext.loading.loader import PatchLoader
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ class _Run:
             compile_task=self.settings.compile,
             channels_last=self._channels_last(),
         )
+        self.train, self.val = self._loader("training"), self._loader("validation")
         self.progress = self._resume()
         self.watch = Stopwatch(self.device)
         self.speed = self.watch.speed(0.0)
@@ -157,7 +159,7 @@ class _Run:
         if self.world.main:
             self._describe()
         with ExitStack() as stack:
-            train, val = stack.enter_context(self._loader("train")), stack.enter_context(self._loader("val"))
+            train, val = stack.enter_context(self.train), stack.enter_context(self.val)
             tracker = stack.enter_context(self._tracker()) if self.world.main else None
             bar = stack.enter_context(Bar(self.trainer.total_steps, self.progress.step, self.world.main))
             batches = train.batches(self.progress.step, self.trainer.total_steps)
@@ -236,22 +238,26 @@ class _Run:
         )
 
     def _loader(self, part: str) -> PatchLoader:
-        train = part == "train"
-        configuration, trainer = self.spec.configuration, self.trainer
-        num_crops = trainer.val_steps_per_epoch * configuration.batch_size * self.world.size
+        train = part == "training"
+        configuration, trainer, needs = self.spec.configuration, self.trainer, self.stepper.task.needs
+        num_samples = trainer.val_steps_per_epoch * configuration.batch_size * self.world.size
         seed, workers = self.settings.seed, self.settings.num_workers
+        cases = self.split.train if train else with_partners(self.store.entries, self.split.val, needs)
         return PatchLoader(
             self.store,
-            self.split.train if train else validation_cases(self.split, num_crops, seed),
+            cases if train else validation_cases(cases, num_samples, seed),
             configuration.patch_size,
             configuration.batch_size,
-            seed=seed_of(seed, "loader", part),
+            seed=seed_of(seed, "loader", "train" if train else "val"),
             num_workers=workers if train else min(workers, MAX_VALIDATION_WORKERS),
             min_foreground=trainer.min_foreground,
             rank=self.world.rank,
             world_size=self.world.size,
             accumulate=trainer.accumulate if train else 1,
             parent_scale=self.stepper.task.parent_scale,
+            needs=needs,
+            partners=cases,
+            name=part,
         )
 
     def _tracker(self) -> Tracker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -128,17 +128,17 @@ class RunFolder:
         return self.path / "training_log.txt"
 
 
-def validation_cases(split: Split, num_crops: int, seed: int) -> tuple[str, ...]:
+def validation_cases(cases: Sequence[str], num_crops: int, seed: int) -> tuple[str, ...]:
     """The held-out cases that an epoch's validation looks at: all, or as many as can be shown twice.
 
     Args:
-        split: Of the run.
+        cases: Held out.
         num_crops: Validation crops an epoch over all ranks.
         seed: Of the run.
     """
     most = max(num_crops // CROPS_PER_VALIDATION_CASE, 1)
-    order = generator(seed, "validation cases").permutation(len(split.val))[:most]
-    return tuple(split.val[position] for position in sorted(order))
+    order = generator(seed, "validation cases").permutation(len(cases))[:most]
+    return tuple(cases[position] for position in sorted(order))
 
 
 def content_hashes(store: Store, split: Split) -> list[str]:

@@ -186,10 +186,10 @@ class Stepper:
             random = SampleRandom(self.seed, 0, batch.samples).child("validation")
             output = self._forward(batch, random, train=False)
             meter.add(self._average([_scalars(output)]))
-            size = self.task.configuration.patch_size
-            with autocast(self.precision, self.device):
-                data, valid = self._laid_out(centre(batch.data, size)), centre(batch.valid, size)
-                monitor.add(self.task.encoder, data, valid, batch.cases)
+            size, each = self.task.configuration.patch_size, self.task.needs.images
+            with autocast(self.precision, self.device):  # of every sample its first image
+                data, valid = self._laid_out(centre(batch.data[::each], size)), centre(batch.valid[::each], size)
+                monitor.add(self.task.encoder, data, valid, batch.cases[::each])
             images = output.images if images is None else images
             if stop():
                 return None

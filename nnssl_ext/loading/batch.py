@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Crops of B cases with D spatial dimensions (2 or 3)."""
+    """B crops with D spatial dimensions (2 or 3): the images of every sample in consecutive rows."""
 
     data: Tensor
     """Voxels (B, C, *patch), float32, 0 on padding."""
@@ -20,7 +20,7 @@ class Batch:
     cases: tuple[str, ...]
     """Case of each crop."""
     samples: tuple[int, ...]
-    """Global sample index of each crop: the key of all its random numbers."""
+    """Global index of each crop, the key of all its random numbers: that of the sample where a sample is one crop."""
     lower: Tensor
     """(B, D), int64: voxel of the stored volume at the crop's first corner; negative where padding comes first."""
     spacing: Tensor

@@ -12,13 +12,19 @@ from operator import lt
 from typing_extensions import Self
 
 from nnssl_ext.loading.batch import Batch
+from nnssl_ext.loading.cases import CaseSampler
+from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.loading.patches import BatchRequest, read_batch
-from nnssl_ext.loading.sampler import case_of
 from nnssl_ext.loading.workers import WorkerPool
 from nnssl_ext.preprocessing.store import Store
 
 __all__ = ["Batch", "LoaderStatistics", "PatchLoader"]
 logger = logging.getLogger(__name__)
+_LACKING = {
+    None: "there are too few others",
+    "modality": "their dataset has too few others of their modality",
+    "session": "they have too few co-registered images of their session",
+}
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,15 @@ class LoaderStatistics:
 class PatchLoader:
     """Reads random crops of a store's cases.
 
-    A crop is a function of the seed and its global sample index alone. Sample indices count through all ranks and
-    accumulated batches of a step, so two ranks together see what one rank with twice the batch size sees. Use it as a
-    context manager, or `close` it, to stop the workers.
+    A crop is a function of the seed and its global index alone. Indices count through all ranks and accumulated batches
+    of a step, so two ranks together see what one rank with twice the batch size sees. Use it as a context manager, or
+    `close` it, to stop the workers.
 
     Args:
         store: Preprocessed cases.
         case_ids: The cases to draw from; each is shown once before any is shown twice.
         patch_size: Voxels per axis, 3 entries or 2 (then a crop is a patch of a random slice).
-        batch_size: Crops of one batch on this rank.
+        batch_size: Samples of one batch on this rank; each has as many crops as the needs say.
         seed: Decides every crop.
         num_workers: Processes that read ahead; 0 reads when asked, in this process.
         min_foreground: Wanted share of foreground in a crop, in [0, 1].
@@ -54,9 +60,13 @@ class PatchLoader:
         world_size: Number of training processes.
         accumulate: Batches of one step.
         parent_scale: Edge of the crops as a multiple of the patch, 1 or more: room for views to be cut from.
+        needs: What a sample is made of. Cases that lack partners for it are left out.
+        partners: Where the other images of a sample come from; by default `case_ids`, which must be among them.
+        name: What the crops are for, in messages.
 
     Raises:
-        ValueError: If an argument is out of range, a case is not in the store, or cases differ in their channels.
+        ValueError: If an argument is out of range, a case is not in the store, cases differ in their channels, or the
+            cases cannot give what is needed.
     """
 
     def __init__(
@@ -73,10 +83,20 @@ class PatchLoader:
         world_size: int = 1,
         accumulate: int = 1,
         parent_scale: float = 1.0,
+        needs: DataNeeds = DataNeeds(),  # noqa: B008 - frozen
+        partners: Sequence[str] = (),
+        name: str = "training",
     ) -> None:
         _check_numbers(patch_size, batch_size, num_workers, min_foreground, rank, world_size, accumulate, parent_scale)
-        _check_cases(store, case_ids)
-        self.store, self.case_ids = store, tuple(case_ids)
+        _check_cases(store, [*case_ids, *partners], needs)
+        self.store, self.needs, self.name = store, needs, name
+        self._sampler = CaseSampler(store.entries, case_ids, seed, needs, partners=partners or case_ids)
+        self.case_ids = self._sampler.case_ids
+        if len(self.case_ids) < len(case_ids):
+            left_out = len(case_ids) - len(self.case_ids)
+            logger.warning(
+                "%d of %d cases are left out of %s: %s.", left_out, len(case_ids), name, _LACKING[needs.same]
+            )
         self.crop_size = tuple(math.ceil(edge * parent_scale) for edge in patch_size)
         self.batch_size, self.accumulate = batch_size, accumulate
         self.rank, self.world_size = rank, world_size
@@ -107,11 +127,18 @@ class PatchLoader:
             yield batch
 
     def _request(self, number: int) -> BatchRequest:
-        first = (number * self.world_size + self.rank) * self.batch_size
-        samples = tuple(range(first, first + self.batch_size))
-        cases = tuple(self.case_ids[case_of(self.seed, sample, len(self.case_ids))] for sample in samples)
-        part = Store(self.store.folder, {case: self.store.entries[case] for case in cases})
-        return BatchRequest(part, cases, samples, self.crop_size, self.min_foreground, self.seed)
+        first, images = (number * self.world_size + self.rank) * self.batch_size, self.needs.images
+        samples = range(first, first + self.batch_size)
+        cases = tuple(case for sample in samples for case in self._sampler.cases(sample))
+        return BatchRequest(
+            Store(self.store.folder, {case: self.store.entries[case] for case in cases}),
+            cases,
+            tuple(range(first * images, (first + self.batch_size) * images)),
+            self.crop_size,
+            self.min_foreground,
+            self.seed,
+            images if self.needs.same == "session" else 1,
+        )
 
     def statistics(self) -> LoaderStatistics:
         """What the crops delivered so far were like: how often the foreground rule could not be met, and so on."""
@@ -127,7 +154,7 @@ class PatchLoader:
             num_padded=old.num_padded + sum(any(map(lt, shape, crop)) for shape in shapes),
             mean_foreground=(old.mean_foreground * old.num_crops + sum(batch.foreground)) / num_crops,
         )
-        one_round = len(self.case_ids) / self.world_size
+        one_round = len(self.case_ids) * self.needs.images / self.world_size
         if old.num_crops < one_round <= num_crops:
             self._log_first_round()
 
@@ -138,7 +165,7 @@ class PatchLoader:
             (crops.num_padded, f"are padded, as their cases are smaller than {self.crop_size}"),
         ):
             if count:
-                logger.info("In the first round over the cases %d of %d crops %s.", count, crops.num_crops, what)
+                logger.info("In the first round of %s %d of %d crops %s.", self.name, count, crops.num_crops, what)
 
     def close(self) -> None:
         """Stops the workers."""
@@ -178,7 +205,7 @@ def _check_numbers(
         raise ValueError(f"rank={rank} must lie in [0, world_size={world_size}).")
 
 
-def _check_cases(store: Store, case_ids: Sequence[str]) -> None:
+def _check_cases(store: Store, case_ids: Sequence[str], needs: DataNeeds) -> None:
     if not case_ids:
         raise ValueError(f"no cases to load from {store.folder}: give at least one case id.")
     missing = [case for case in case_ids if case not in store.entries]
@@ -190,3 +217,9 @@ def _check_cases(store: Store, case_ids: Sequence[str]) -> None:
     channels = {store.entries[case].shape[0] for case in case_ids}
     if len(channels) > 1:
         raise ValueError(f"cases of {store.folder} differ in their number of channels: {sorted(channels)}.")
+    if max(channels) < needs.channels:
+        raise ValueError(
+            f"This method needs cases with {needs.channels} or more channels, and those of {store.folder} have "
+            f"{max(channels)}. Use a dataset whose dataset.json names as many in channel_names, or another method: "
+            "nnssl_train --list"
+        )

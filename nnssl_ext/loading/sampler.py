@@ -1,15 +1,12 @@
-"""Which case a sample shows, and where it is cropped: pure functions of a seed and a sample index."""
+"""Where to crop a volume: as much foreground as asked for, or as there is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-
-from nnssl_ext.core.random import generator
 
 NUM_TRIES = 8
 """Positions drawn blindly before all of them are scored: in bodies and heads the first or second one is good."""
@@ -26,17 +23,6 @@ class Crop:
     """First voxel (z, y, x); negative where padding comes first."""
     foreground: float
     """Share of the crop's real voxels that is foreground, in [0, 1], by the coarse grid."""
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, round_: int, num_cases: int) -> npt.NDArray[np.int64]:
-    return generator(seed, "cases", round_).permutation(num_cases)
-
-
-def case_of(seed: int, sample: int, num_cases: int) -> int:
-    """Position in the list of cases of a global sample: every case once, in random order, then once more, and so on."""
-    round_, position = divmod(sample, num_cases)
-    return int(_permutation(seed, round_, num_cases)[position])
 
 
 def choose_crop(

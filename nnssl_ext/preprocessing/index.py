@@ -22,7 +22,9 @@ from nnssl_ext.preprocessing.errors import full_disk_named
 
 INDEX_FILE = "nnssl_index.json"
 JOURNAL_FILE = "nnssl_index.journal"
-FORMAT = 1
+FORMAT = 2
+READABLE = {1: 11, FORMAT: 14}
+"""Number of columns of every format that is read. A column that came later has a default: nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +53,16 @@ class IndexEntry:
     """Hash of the raw voxels, one per channel: recognises a case under any name."""
     source: tuple[str, ...]
     """Size and modification time of each raw file, to notice that one was replaced."""
+    session: str = ""
+    """Visit of the subject at which the image was made; empty where unknown."""
+    grid: str = ""
+    """Code of the raw image's shape, spacing and place: images of one session that share it are co-registered. Empty
+    where unknown."""
+    origin: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """Where the stored volume begins within the raw image, in mm along its axes (Z, Y, X)."""
 
 
 _COLUMNS = tuple(column.name for column in fields(IndexEntry))
-_TUPLES = tuple(number for number, column in enumerate(fields(IndexEntry)) if str(column.type).startswith("tuple"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +82,8 @@ def _row(entry: IndexEntry) -> str:
 
 
 def _entry(row: list[Any]) -> IndexEntry:
-    for number in _TUPLES:
-        row[number] = tuple(row[number])
-    return IndexEntry(*row)
+    values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in row]
+    return IndexEntry(*values)
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -110,9 +117,11 @@ def read_index(folder: Path) -> Index:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}). Run nnssl_preprocess --overwrite.") from error
-    if content.get("format") != FORMAT or tuple(content.get("columns", ())) != _COLUMNS:
+    known = READABLE.get(content.get("format"), len(_COLUMNS))
+    if tuple(content.get("columns", ())) != _COLUMNS[:known]:
         raise ValueError(
-            f"{path} has format {content.get('format')}, this version reads {FORMAT}. Run nnssl_preprocess --overwrite."
+            f"{path} has format {content.get('format')}, this version reads {' and '.join(map(str, READABLE))}. "
+            "Run nnssl_preprocess --overwrite."
         )
     entries = {row[0]: _entry(row) for row in content["cases"]}
     return Index(settings=content["settings"], entries=entries, failed=content["failed"])
@@ -162,7 +171,7 @@ def read_journal(folder: Path) -> Index | None:
     if not head:
         return None
     content = json.loads(head)
-    if content["format"] != FORMAT:
+    if content["format"] not in READABLE:
         return None
     entries = (_entry(json.loads(row)) for row in rows)
     return Index(settings=content["settings"], entries={entry.case_id: entry for entry in entries})

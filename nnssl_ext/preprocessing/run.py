@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -20,6 +21,7 @@ from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.fingerprint.foreground import FOREGROUND_RULE
 from nnssl_ext.fingerprint.record import FINGERPRINT_FILE, Fingerprint
 from nnssl_ext.imageio import read_image
+from nnssl_ext.imageio.geometry import Geometry
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.preprocessing.case import preprocess_array
 from nnssl_ext.preprocessing.errors import StorageFullError
@@ -59,7 +61,7 @@ def preprocess_case(
         check_device(device)
     source = source_stamp(case)
     image, geometry = read_image(case.images)
-    hashes = [content_hash(channel) for channel in image]
+    hashes, grid = [content_hash(channel) for channel in image], grid_code(image.shape[1:], geometry)
     try:
         result = preprocess_array(image, geometry.spacing, plan, configuration, device)
         del image  # the raw and the finished volume are not needed together
@@ -75,10 +77,26 @@ def preprocess_case(
             modalities=case.modalities,
             content_hashes=hashes,
             source=source,
+            session=case.session,
+            grid=grid,
+            origin=_origin(result.properties, geometry, configuration),
             dtype=dtype,
         )
     except ValueError as error:
         raise ValueError(f"{', '.join(map(str, case.images))}: {error}") from error
+
+
+def grid_code(shape: Sequence[int], geometry: Geometry) -> str:
+    """A short code that images on one voxel grid share: equal shape, and spacing and place equal to 0.01 mm."""
+    placement = (geometry.spacing, geometry.origin, geometry.direction)
+    rounded = [[round(value, 2) + 0.0 for value in values] for values in placement]  # -0.0 + 0.0 is 0.0
+    return hashlib.blake2b(repr((tuple(shape), rounded)).encode(), digest_size=8).hexdigest()
+
+
+def _origin(properties: Mapping[str, Any], geometry: Geometry, configuration: Configuration) -> tuple[float, ...]:
+    """Where the cropped volume begins, in mm along the stored axes."""
+    box, axes = properties["bbox_used_for_cropping"], configuration.transpose_forward
+    return tuple(side[0] * geometry.spacing[axis] for side, axis in zip(box, axes, strict=True))
 
 
 def source_stamp(case: Case) -> tuple[str, ...]:

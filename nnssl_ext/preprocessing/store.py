@@ -43,6 +43,9 @@ def write_case(
     modalities: Sequence[str] = (),
     content_hashes: Sequence[str] = (),
     source: Sequence[str] = (),
+    session: str = "",
+    grid: str = "",
+    origin: Sequence[float] = (0.0, 0.0, 0.0),
     dtype: StorageType = "float16",
 ) -> IndexEntry:
     """Writes one case: to a temporary name, synced, then renamed.
@@ -59,6 +62,9 @@ def write_case(
         modalities: One name per channel.
         content_hashes: Of the raw voxels, one per channel.
         source: Size and time of the raw files.
+        session: Visit of the subject.
+        grid: Code of the raw image's voxel grid.
+        origin: Where the stored volume begins within the raw image, in mm, (Z, Y, X).
         dtype: Type on disk.
 
     Raises:
@@ -69,8 +75,8 @@ def write_case(
     if data.shape[1:] != foreground.shape:
         raise ValueError(f"{case_id}: foreground of shape {foreground.shape} does not fit data of shape {data.shape}")
     array, clamped = to_storage(data, dtype)
-    grid, cell = occupancy_grid(foreground)
-    frame = _encode(array, {**properties, "num_clamped_voxels": clamped}, grid, cell)
+    occupancy, cell = occupancy_grid(foreground)
+    frame = _encode(array, {**properties, "num_clamped_voxels": clamped}, occupancy, cell)
     path = _case_path(folder, case_id)
     with full_disk_named(path), atomic_path(path) as temporary:
         temporary.write_bytes(frame)
@@ -86,6 +92,9 @@ def write_case(
         foreground_fraction=float(foreground.mean()),
         content_hashes=tuple(content_hashes),
         source=tuple(source),
+        session=session,
+        grid=grid,
+        origin=tuple(float(edge) for edge in origin),
     )
 
 

@@ -144,8 +144,8 @@ def test_sparse_cases_are_counted_and_logged(make_store, caplog: pytest.LogCaptu
     assert statistics.num_padded == 5  # case_1 has 9 slices
     assert statistics.mean_foreground == pytest.approx(0.5 + 0.5 * 0.064, abs=0.01)
     assert [record.message for record in caplog.records] == [
-        "In the first round over the cases 1 of 2 crops have less than 50% foreground, as their cases offer no more.",
-        "In the first round over the cases 1 of 2 crops are padded, as their cases are smaller than (10, 10, 10).",
+        "In the first round of training 1 of 2 crops have less than 50% foreground, as their cases offer no more.",
+        "In the first round of training 1 of 2 crops are padded, as their cases are smaller than (10, 10, 10).",
     ]
 
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnssl_ext.core.random import generator
-from nnssl_ext.loading.sampler import case_of, choose_crop
+from nnssl_ext.loading.sampler import choose_crop
 from nnssl_ext.preprocessing.store import occupancy_grid
 
 SHAPE, PATCH = (40, 30, 24), (16, 12, 8)
@@ -90,10 +90,3 @@ def test_slices_with_foreground_are_preferred_in_2d() -> None:
     grid, cell = occupancy_grid(foreground)
     slices = {choose_crop((20, 24, 24), (1, 16, 16), grid, cell, 0.5, generator(s)).lower[0] for s in range(60)}
     assert slices == {8, 9, 10, 11}
-
-
-def test_every_case_is_shown_once_a_round_in_another_order() -> None:
-    rounds = [[case_of(7, round_ * 30 + i, 30) for i in range(30)] for round_ in range(3)]
-    assert all(sorted(order) == list(range(30)) for order in rounds)
-    assert rounds[0] != rounds[1] != rounds[2]
-    assert [case_of(8, i, 30) for i in range(30)] != rounds[0]
