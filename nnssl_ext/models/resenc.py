@@ -115,20 +115,20 @@ def check_divisible(patch_size: tuple[int, ...], stride: tuple[int, ...]) -> Non
 
 
 def export_unet(configuration: Configuration, encoder: Encoder, decoder: nn.Module | None = None) -> nn.Module:
-    """The plan's whole network in nnU-Net's key names, with as many outputs as input channels.
+    """The plan's whole network in nnU-Net's key names.
 
     Args:
         configuration: What the encoder was built from.
         encoder: The trained encoder; the network shares its memory.
         decoder: The trained decoder where there is one (then nothing is initialised in vain), else a fresh one is made,
-            the same every time.
+            the same every time, with as many outputs as input channels.
 
     Returns:
         The network in eval mode, on the encoder's device.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if decoder is None else "meta"):
         torch.manual_seed(EXPORT_SEED)
-        network = build_network(configuration, configuration.num_input_channels)
+        network = build_network(configuration, _num_outputs(decoder) or configuration.num_input_channels)
     if decoder is None:
         network.to(next(encoder.parameters()).device)
     encoder.hand_over(network)
@@ -136,3 +136,7 @@ def export_unet(configuration: Configuration, encoder: Encoder, decoder: nn.Modu
         network.decoder.load_state_dict(decoder.state_dict(), assign=True)
     network.eval()
     return network
+
+
+def _num_outputs(decoder: Any) -> int | None:
+    return None if decoder is None else decoder.seg_layers[-1].out_channels
