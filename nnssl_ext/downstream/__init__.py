@@ -1,0 +1,1 @@
+"""What pretrained features are good for without fine-tuning."""

@@ -1,0 +1,125 @@
+"""Whole volumes through a network that was trained on patches: windows that overlap, each answering for its middle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+import torch
+from torch.nn import functional
+
+from nnssl_ext.downstream.frozen import Frozen
+
+WINDOWS_AT_ONCE = 8
+INTERPOLATION = {2: "bilinear", 3: "trilinear"}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A patch-sized part of a volume."""
+
+    lower: tuple[int, ...]
+    """Its first voxel, one entry per axis of the volume."""
+    own: tuple[slice, ...]
+    """The voxels of the volume that it answers for; those of all windows tile the volume."""
+
+
+def windows(shape: Sequence[int], size: Sequence[int], overlap: float = 0.5) -> list[Window]:
+    """Windows over a volume, evenly spaced, as few as overlap by at least a given share.
+
+    Every voxel belongs to the window whose middle is nearest along each axis, where features know most of what is
+    around them.
+
+    Args:
+        shape: Of the volume.
+        size: Of a window.
+        overlap: Least share of an edge that neighbours have in common, in [0, 1).
+    """
+    axes = [_along_axis(full, edge, overlap) for full, edge in zip(shape, size, strict=True)]
+    return [Window(tuple(low for low, _ in sides), tuple(own for _, own in sides)) for sides in product(*axes)]
+
+
+def _along_axis(full: int, edge: int, overlap: float) -> list[tuple[int, slice]]:
+    room = max(full - edge, 0)
+    steps = -(-room // max(int(edge * (1 - overlap)), 1))
+    starts = [round(room * number / steps) for number in range(steps + 1)] if steps else [0]
+    borders = [(a + b + edge) // 2 for a, b in pairwise(starts)]
+    return [(low, slice(*ends)) for low, *ends in zip(starts, [0, *borders], [*borders, full], strict=True)]
+
+
+def crop_window(volume: torch.Tensor, window: Window, size: Sequence[int]) -> torch.Tensor:
+    """The voxels (C, *size) of a window; where the volume (C, *shape) is smaller, zeros follow."""
+    for axis, (low, edge) in enumerate(zip(window.lower, size, strict=True), start=1):
+        volume = volume.narrow(axis, low, min(edge, volume.shape[axis] - low))
+    missing = [edge - have for have, edge in zip(volume.shape[1:], size, strict=True)]
+    return functional.pad(volume, [side for gap in reversed(missing) for side in (0, gap)])
+
+
+@torch.no_grad()
+def scan(frozen: Frozen, data: torch.Tensor) -> Iterator[tuple[Window, list[torch.Tensor]]]:
+    """Every window of a volume with its feature maps.
+
+    Args:
+        frozen: The encoder; windows have the size of its patch. A 2D encoder sees slice after slice.
+        data: (C, Z, Y, X).
+
+    Yields:
+        The window, and maps (1, channels, *size) of its `dims` spatial dimensions.
+    """
+    size = window_size(frozen)
+    device = next(frozen.encoder.parameters()).device
+    every = windows(data.shape[1:], size)
+    for start in range(0, len(every), WINDOWS_AT_ONCE):
+        some = every[start : start + WINDOWS_AT_ONCE]
+        crops = torch.stack([crop_window(data, window, size) for window in some])
+        crops = crops.reshape(*crops.shape[:2], *frozen.configuration.patch_size).to(device)
+        maps = [features.float() for features in frozen.encoder.feature_maps(crops)]
+        for number, window in enumerate(some):
+            yield window, [features[number : number + 1] for features in maps]
+
+
+def window_size(frozen: Frozen) -> tuple[int, ...]:
+    """Voxels (z, y, x) of a window: the patch, of a 2D encoder one slice of it."""
+    patch = frozen.configuration.patch_size
+    return (1,) * (3 - len(patch)) + tuple(patch)
+
+
+def features_at(frozen: Frozen, data: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The features of some voxels of a volume.
+
+    Args:
+        frozen: The encoder.
+        data: (C, Z, Y, X).
+        places: (n, 3), voxels.
+
+    Returns:
+        (n, D) on the CPU, the maps' channels one after another, finest map first.
+    """
+    result = torch.zeros(len(places), sum(frozen.encoder.channels))
+    for window, maps in scan(frozen, data):
+        inside = owned(window, places)
+        result[inside] = pick(maps, relative(window, places[inside], frozen)).cpu()
+    return result
+
+
+def owned(window: Window, places: torch.Tensor) -> torch.Tensor:
+    """Which voxels (n, 3) a window answers for, (n,)."""
+    low = torch.tensor([side.start for side in window.own])
+    high = torch.tensor([side.stop for side in window.own])
+    return ((places >= low) & (places < high)).all(1)
+
+
+def relative(window: Window, places: torch.Tensor, frozen: Frozen) -> torch.Tensor:
+    """Voxels as `grid_sample` wants them: in [-1, 1] between the outer faces of the window, x first; (n, dims)."""
+    dims = frozen.configuration.dims
+    inside = (places - torch.tensor(window.lower))[:, 3 - dims :]
+    return ((2 * inside + 1) / torch.tensor(frozen.configuration.patch_size) - 1).flip(1)
+
+
+def pick(maps: Sequence[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    """The features of all maps of a window at places (n, dims) of `relative`, interpolated linearly: (n, D)."""
+    num, dims = places.shape
+    grid = places.float().view(1, *[1] * (dims - 1), num, dims).to(maps[0].device)
+    picked = [functional.grid_sample(m, grid, padding_mode="border", align_corners=False) for m in maps]
+    return torch.cat([features.reshape(features.shape[1], num) for features in picked]).T
