@@ -1,0 +1,164 @@
+"""VolumeFusion: the classes tell how the image was mixed, and every one of them counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.engine.task import TRAINERS
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.trainers.volume_fusion import (
+    VolumeFusion,
+    VolumeFusionConfig,
+    VolumeFusionTrainer,
+    fused,
+    share_classes,
+)
+
+PATCHES = [(16, 24, 8), (24, 16)]
+SAMPLES = (10, 11, 12, 13)
+RANDOM = SampleRandom(seed=3, step=5, samples=SAMPLES)
+
+
+@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
+def patch_size(request) -> tuple[int, ...]:
+    return request.param
+
+
+def make_batch(patch_size: tuple[int, ...], channels: int = 1) -> Batch:
+    """Two samples of two crops; the second sample's second crop is padded along the first axis."""
+    data = torch.randn(4, channels, *patch_size, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(4, 1, *patch_size, dtype=torch.bool)
+    valid[3, :, -6:] = False
+    spacing = torch.ones(4, len(patch_size))
+    return Batch(data * valid, valid, tuple("abcd"), SAMPLES, torch.zeros_like(spacing, dtype=torch.int64), spacing)
+
+
+def make_task(plan, **settings) -> VolumeFusion:
+    torch.manual_seed(0)
+    (name,) = plan.configuration_names
+    return VolumeFusion(VolumeFusionConfig(**settings), plan.configuration(name), num_cases=4)
+
+
+def test_the_classes_reproduce_the_image(tiny_plan, patch_size):
+    """Catches shares of the wrong volume, rows of different samples mixed, and classes that are no shares."""
+    task, batch = make_task(tiny_plan(patch_size, 2)), make_batch(patch_size, channels=2)
+    views = task.views(batch, RANDOM, train=False)
+    for sample in range(2):
+        first, second = batch.data[2 * sample], batch.data[2 * sample + 1]
+        share = views["classes"][sample] / 4
+        mixed = share * first + (1 - share) * second
+        valid = views["valid"][sample]
+        assert torch.equal(valid, batch.valid[2 * sample] & batch.valid[2 * sample + 1])
+        torch.testing.assert_close(views["image"][sample].where(valid, 0), mixed.where(valid, 0))
+        assert not views["image"][sample].masked_fill(valid, 0).any()
+
+
+def test_the_outermost_shares_are_the_volumes_themselves():
+    first, second = torch.randn(2, 1, 3, 5, generator=torch.Generator().manual_seed(0)).unsqueeze(1)
+    for value, whole in ((0, second), (3, first)):
+        assert torch.equal(fused(first, second, torch.full((1, 1, 3, 5), value), 3), whole)
+
+
+def test_all_classes_are_equally_likely_in_a_box_and_0_outside():
+    """Catches a class that boxes never get, and boxes that share their class."""
+    random = SampleRandom(0, 0, tuple(range(400)))
+    valid = torch.ones(400, 1, 16, 16, dtype=torch.bool)
+    single = share_classes(random, valid, VolumeFusionConfig(boxes=(1, 1)))
+    of_boxes = single.flatten(1).amax(1)
+    share = torch.bincount(of_boxes, minlength=5) / 400
+    assert share.tolist() == pytest.approx([0.2] * 5, abs=0.07)
+    assert (single == 0).flatten(1).any(1).all()
+    many = share_classes(random, valid, VolumeFusionConfig())
+    held = torch.stack([(many == value).flatten(1).any(1) for value in range(5)]).float().mean(1)
+    assert held.min() > 0.8
+    assert (many == 0).float().mean() > (many > 0).float().mean() / 4
+
+
+def test_boxes_are_of_the_papers_sizes():
+    """From a sixteenth to five eighths of a side, from an eighth along the first axis of a volume."""
+    random = SampleRandom(0, 0, tuple(range(500)))
+    valid = torch.ones(500, 1, 16, 16, 16, dtype=torch.bool)
+    classes = share_classes(random, valid, VolumeFusionConfig(boxes=(1, 1), levels=1))[:, 0]
+    extents = []
+    for box in classes:
+        where = box.nonzero()
+        if len(where):
+            extents.append(where.amax(0) - where.amin(0) + 1)
+    assert torch.stack(extents).amin(0).tolist() == [2, 1, 1]
+    assert torch.stack(extents).amax(0).tolist() == [10, 10, 10]
+
+
+def test_later_boxes_lie_over_earlier_ones():
+    """Catches classes that are added up or kept: the last box has one class throughout."""
+    random = SampleRandom(0, 0, tuple(range(50)))
+    valid = torch.ones(50, 1, 16, 16, dtype=torch.bool)
+    config = VolumeFusionConfig(boxes=(2, 2), sides=(1, 1))
+    assert (share_classes(random, valid, config).flatten(1).diff(dim=1) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["tiny_plan", "tiny_vit_plan"])
+def test_every_class_and_every_common_voxel_counts(request, patch_size, kind):
+    """Catches a first class that is treated as background, and padding of either volume in the loss."""
+    task = make_task(request.getfixturevalue(kind)(patch_size)).eval()
+    views = task.views(make_batch(patch_size), RANDOM, train=False)
+    outputs = []
+    task.decoder.register_forward_hook(lambda module, args, output: outputs.append(output) or output.retain_grad())
+    task(views).loss.backward()
+    assert outputs[0].shape[1] == 5
+    assert torch.equal(outputs[0].grad != 0, views["valid"].expand_as(outputs[0]))
+
+
+def test_accuracy_is_the_share_told_right_and_chance_that_of_the_commonest_class(tiny_plan, patch_size):
+    task = make_task(tiny_plan(patch_size)).eval()
+    views = task.views(make_batch(patch_size), RANDOM, train=False)
+    with torch.no_grad():
+        output = task(views)
+    real = views["valid"]
+    right = (output.images["output"] == views["classes"])[real].float().mean()
+    counts = torch.bincount(views["classes"][real])
+    assert output.metrics["accuracy"].item() == pytest.approx(right.item())
+    assert output.metrics["accuracy_chance"].item() == pytest.approx((counts.max() / counts.sum()).item())
+    assert output.loss.item() == pytest.approx(
+        (output.metrics["dice_loss"] + output.metrics["cross_entropy"]).item(), rel=1e-6
+    )
+
+
+def test_volumes_move_on_their_own_in_training(tiny_plan, patch_size):
+    """Two equal crops differ once each is flipped by draws of its own; unmixed, the mixture would stay that crop."""
+    task, batch = make_task(tiny_plan(patch_size)), make_batch(patch_size)
+    same = batch.data[:1].expand(4, *batch.data.shape[1:])
+    batch = replace(batch, data=same, valid=torch.ones_like(batch.valid))
+    still = task.views(batch, RANDOM, train=False)["image"]
+    torch.testing.assert_close(still, same[:2])
+    assert not torch.allclose(task.views(batch, RANDOM, train=True)["image"], still)
+
+
+def test_a_sham_takes_the_classes_of_another_sample(tiny_plan, patch_size):
+    task = make_task(tiny_plan(patch_size))
+    views = task.views(make_batch(patch_size), RANDOM, train=False)
+    sham = task.sham(views, RANDOM)
+    assert torch.equal(sham["image"], views["image"])
+    assert torch.equal(sham["classes"], views["classes"].flip(0))
+    assert not torch.equal(sham["classes"], views["classes"])
+
+
+def test_it_asks_for_pairs_of_one_modality_and_exports_what_it_trained(tiny_plan):
+    task = make_task(tiny_plan((24, 16)))
+    assert (task.needs.images, task.needs.same) == (2, "modality")
+    assert task.info.trains_decoder
+    exported = task.export_network().decoder.state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in task.decoder.state_dict().items())
+    assert exported["seg_layers.1.weight"].shape[0] == 5
+
+
+def test_settings_are_the_published_ones():
+    config = TRAINERS.get("VolumeFusionTrainer")().task_config
+    assert (config.levels, config.boxes, config.sides, config.shortest_depth) == (4, (10, 40), (1 / 16, 5 / 8), 1 / 8)
+
+
+@pytest.mark.parametrize("override", ["levels=0", "boxes=[5,4]", "sides=[0.5,0.2]", "shortest_depth=0.9"])
+def test_impossible_settings_are_refused(override):
+    with pytest.raises(ValueError, match=override.split("=")[0]):
+        VolumeFusionTrainer.configured([override])
