@@ -10,7 +10,14 @@ from torch import Tensor
 
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.views.spatial import SpatialConfig, draw_transform
-from nnssl_ext.views.transform import SpatialView, apply_transform, place_view, valid_box
+from nnssl_ext.views.transform import (
+    SpatialTransform,
+    SpatialView,
+    apply_transform,
+    half_extent,
+    place_view,
+    valid_box,
+)
 
 UNMOVED = SpatialConfig(flip=0, rotation=0, scaling=0, elastic=0)
 """Nothing happens."""
@@ -54,6 +61,58 @@ def random_crop(
     Raises:
         ValueError: If the scales are out of range.
     """
+    place = torch.from_numpy(random.uniform("crop_place", shape=(len(size),))).to(valid.device)
+    return apply_transform(data, valid, _place(valid, spacing, random, scale, size, config, place))
+
+
+def place_pair(
+    valid: Tensor,
+    spacing: Tensor,
+    random: SampleRandom,
+    scale: tuple[float, float],
+    size: Sequence[int],
+    config: SpatialConfig = UNMOVED,
+    shift: float = 0.0,
+) -> tuple[SpatialTransform, SpatialTransform]:
+    """Where two crops look that overlap, each of random size and moved on its own.
+
+    The box around the smaller one lies in the box around the larger one, however far rotations shrink them. The second
+    is then shifted along every axis, as far as the real voxels reach.
+
+    Args:
+        valid: (B, 1, *crop), bool.
+        spacing: (B, D) in mm.
+        random: Keyed by sample.
+        scale: As in `random_crop`, for both.
+        size: Voxels of a view per axis.
+        config: As in `random_crop`, for both.
+        shift: Longest shift as a share of the second crop's box, 0 or more.
+
+    Raises:
+        ValueError: If the scales are out of range.
+    """
+    place, step = (
+        torch.from_numpy(random.uniform(name, low, high, (len(size),))).to(valid.device)
+        for name, low, high in (("crop_place", 0, 1), ("crop_shift", -shift, shift))
+    )
+    first, second = (
+        _place(valid, spacing, random.child(name), scale, size, config, place) for name in ("first", "second")
+    )
+    lower, upper = valid_box(valid)
+    half = half_extent(second.matrix, second.displacement, size)
+    low, high = torch.minimum(lower + half, upper - half), torch.maximum(lower + half, upper - half)
+    return first, replace(second, centre=(second.centre + 2 * half * step).clamp(low, high))
+
+
+def _place(
+    valid: Tensor,
+    spacing: Tensor,
+    random: SampleRandom,
+    scale: tuple[float, float],
+    size: Sequence[int],
+    config: SpatialConfig,
+    place: Tensor,
+) -> SpatialTransform:
     low, high = scale
     if not 0 < low <= high <= 1:
         raise ValueError(f"scale={scale} must be two numbers in (0, 1], the smaller one first.")
@@ -61,6 +120,4 @@ def random_crop(
     edges = torch.tensor(size, device=valid.device)
     share = torch.from_numpy(random.uniform("crop_scale", low, high)).to(valid.device)
     zoom = share * ((upper - lower) / (edges - 1).clamp(min=1)).amin(1)
-    place = torch.from_numpy(random.uniform("crop_place", shape=(len(edges),))).to(valid.device)
-    inside = replace(config, inside=True)
-    return apply_transform(data, valid, draw_transform(valid, spacing, random, inside, size, zoom, place))
+    return draw_transform(valid, spacing, random, replace(config, inside=True), size, zoom, place)

@@ -85,7 +85,7 @@ def place_view(
             by what it takes.
     """
     lower, upper = valid_box(valid)
-    half = _half_extent(matrix, displacement, size)
+    half = half_extent(matrix, displacement, size)
     if inside:
         shrink = ((upper - lower) / 2 / half.clamp(min=_TINY)).amin(1, keepdim=True).clamp(_MOST_SHRUNK, 1)
         matrix, half = matrix * shrink.unsqueeze(2), half * shrink
@@ -149,7 +149,7 @@ def valid_box(valid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(lower, 1).float(), torch.stack(upper, 1).float()
 
 
-def _half_extent(matrix: Tensor, displacement: Tensor | None, size: Sequence[int]) -> Tensor:
+def half_extent(matrix: Tensor, displacement: Tensor | None, size: Sequence[int]) -> Tensor:
     """Half the edges (B, D), in input voxels, of the box around all that a view looks at."""
     half = torch.tensor([(edge - 1) / 2 for edge in size], device=matrix.device).expand(len(matrix), -1)
     if displacement is not None:
