@@ -61,13 +61,25 @@ class TokenDecoder(nn.Module):
         Returns:
             (B, C, *patch).
         """
-        visible = self.project(tokens)
-        num_places = prod(self.grid)
-        place = torch.where(kept >= 0, kept, num_places)[..., None].expand_as(visible)
-        # empty places are written behind the last token, and cut off
-        full = self.mask_token.to(visible.dtype).repeat(len(visible), num_places + 1, 1)
-        full = full.scatter(1, place, visible)[:, :-1]
+        full = place_tokens(self.project(tokens), kept, self.mask_token, prod(self.grid))
         return fold_tokens(self.head(self.eva(full)[0]), self.grid, self.token_size)
+
+
+def place_tokens(tokens: torch.Tensor, kept: torch.Tensor, filler: torch.Tensor, num_places: int) -> torch.Tensor:
+    """Puts tokens back to their places, and a filler to all others.
+
+    Args:
+        tokens: (B, n, D).
+        kept: (B, n), int64: the place of each; -1 where there is none.
+        filler: (1, 1, D).
+        num_places: Of the whole grid.
+
+    Returns:
+        (B, num_places, D), in the type of the tokens.
+    """
+    place = torch.where(kept >= 0, kept, num_places)[..., None].expand_as(tokens)
+    full = filler.to(tokens.dtype).repeat(len(tokens), num_places + 1, 1)
+    return full.scatter(1, place, tokens)[:, :-1]  # what has no place was written behind the last one
 
 
 def fold_tokens(values: torch.Tensor, grid: Sequence[int], token_size: Sequence[int]) -> torch.Tensor:
