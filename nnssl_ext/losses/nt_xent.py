@@ -1,0 +1,81 @@
+"""The contrastive loss of SimCLR (Chen et al. 2020, arXiv:2002.05709), over the batches of all ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.nn import functional
+
+
+def nt_xent(
+    first: torch.Tensor, second: torch.Tensor, temperature: float, cases: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised, temperature-scaled cross-entropy: each view has to find its other one among the views of the batch.
+
+    Candidates are the views of all ranks but the view itself. Gradients flow to all of them, so that the mean over
+    ranks, which DDP takes, is the gradient of the whole batch. Similarities are cosines in float32.
+
+    Args:
+        first: (B, D), one view of each sample.
+        second: (B, D), the other one; as many on every rank.
+        temperature: Divides the cosines, above 0.
+        cases: (B,), int64: samples of the same case are no negatives of each other. None: all are.
+
+    Returns:
+        The loss, 0 or more; and its chance level, the mean logarithm of the number of candidates. Both are 0 where no
+        negative is left.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        own = functional.normalize(torch.stack([first, second]).float(), dim=2)
+        everyone = gather_rows(own.transpose(0, 1)).transpose(0, 1)  # (2, samples of all ranks, D)
+        logits = own.flatten(0, 1) @ everyone.flatten(0, 1).T / temperature
+    num, total = first.shape[0], everyone.shape[1]
+    index = rank() * num + torch.arange(num, device=first.device)
+    itself, positive = torch.cat([index, total + index]), torch.cat([total + index, index])
+    left_out = torch.zeros_like(logits, dtype=torch.bool)
+    if cases is not None:
+        alike = cases.unsqueeze(1) == gather_rows(cases)
+        left_out = alike.repeat(2, 2).scatter(1, positive.unsqueeze(1), False)
+    left_out = left_out.scatter(1, itself.unsqueeze(1), True)
+    loss = functional.cross_entropy(logits.masked_fill(left_out, -math.inf), positive)
+    return loss, (~left_out).sum(1).float().log().mean()
+
+
+def rank() -> int:
+    """This process' place among those that train together."""
+    return distributed.get_rank() if _together() else 0
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks in rank order; gradients find their way back to the rank that they belong to.
+
+    Args:
+        rows: (N, ...), as many on every rank.
+
+    Returns:
+        (ranks * N, ...).
+    """
+    return _Gather.apply(rows) if _together() else rows
+
+
+def _together() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        parts = [
+            torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())
+        ]
+        distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
