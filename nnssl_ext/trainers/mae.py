@@ -21,15 +21,15 @@ from torch import nn
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
-from nnssl_ext.losses.mae import masked_mse
+from nnssl_ext.losses.mae import guess_error, hidden_share, masked_mse
 from nnssl_ext.models.backbone import export_network, is_transformer
 from nnssl_ext.models.resenc import build_unet
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.masks import block_mask
-from nnssl_ext.views.sham import of_another_case
+from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
-from nnssl_ext.views.tokens import hidden_voxels, keep_tokens, num_visible
+from nnssl_ext.views.tokens import check_ratio, hidden_voxels, keep_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class MAE(PretextTask):
             from nnssl_ext.models.token_decoder import TokenDecoder
 
             self.encoder = build_primus(configuration)
-            _check_tokens(prod(self.encoder.grid), config.mask_ratio)
+            check_ratio(prod(self.encoder.grid), config.mask_ratio)
             num_heads = max(1, round(config.decoder_heads * self.encoder.num_heads))
             self.decoder = TokenDecoder(self.encoder, configuration.num_input_channels, config.decoder_depth, num_heads)
         else:
@@ -95,33 +95,32 @@ class MAE(PretextTask):
         """Crops, moved about in training, and which of their voxels are hidden.
 
         Returns:
-            `target` (B, C, *patch); `hidden` and `valid` (B, 1, *patch), bool; for a transformer also `kept` (B, n),
-            the visible tokens, and -1 at the end where there are fewer.
+            `image` and `target` (B, C, *patch); `hidden`, `valid` and `asked` (B, 1, *patch), bool: what is hidden,
+            what is real, and of that what is asked for; for a transformer also `kept` (B, n), the visible tokens, and
+            -1 at the end where there are fewer.
         """
-        target, valid = batch.data, batch.valid
+        image, valid = batch.data, batch.valid
         if train:
-            moved = spatial_view(target, valid, batch.spacing, random.child("spatial"), self.config.spatial)
-            target, valid = moved.data, moved.valid
-        shape, config, mask = target.shape[2:], self.config, random.child("mask")
+            moved = spatial_view(image, valid, batch.spacing, random.child("spatial"), self.config.spatial)
+            image, valid = moved.data, moved.valid
+        views = {"image": image, "target": image, "valid": valid, "asked": valid}
+        shape, ratio, mask = image.shape[2:], self.config.mask_ratio, random.child("mask")
         if is_transformer(self.encoder):
             token_size = self.encoder.token_size
-            kept = keep_tokens(mask, valid, token_size, config.mask_ratio)
-            return {"target": target, "hidden": hidden_voxels(kept, token_size, shape), "valid": valid, "kept": kept}
-        hidden = block_mask(mask, shape, config.block_size, config.mask_ratio, valid=valid)
-        return {"target": target, "hidden": hidden, "valid": valid}
+            kept = keep_tokens(mask, valid, token_size, ratio)
+            return {**views, "hidden": hidden_voxels(kept, token_size, shape), "kept": kept}
+        return {**views, "hidden": block_mask(mask, shape, self.config.block_size, ratio, valid=valid)}
 
     def forward(self, views: Views) -> StepOutput:
         """The error on hidden voxels, beside that of guessing each crop's visible mean."""
-        target, hidden, valid = views["target"], views["hidden"], views["valid"]
-        image = views.get("image", target)
-        visible = ~hidden & valid
-        masked = torch.where(visible, image, 0)
+        image, target, hidden, asked = (views[name] for name in ("image", "target", "hidden", "asked"))
+        masked = torch.where(~hidden & views["valid"], image, 0)
         output = self._restore(masked, views)
-        loss = masked_mse(output, target, hidden, valid)
+        loss = masked_mse(output, target, hidden, asked)
         metrics = {
             "mse": loss.detach(),
-            "mse_chance": masked_mse(_visible_mean(image, visible), target, hidden, valid),
-            "hidden_share": (hidden & valid).sum() / valid.sum().clamp(min=1),
+            "mse_chance": guess_error(target, hidden, asked),
+            "hidden_share": hidden_share(hidden, views["valid"]),
         }
         images = None if self.training else {"input": image, "masked": masked, "output": output.detach()}
         return StepOutput(loss=loss, metrics=metrics, images=images)
@@ -133,8 +132,7 @@ class MAE(PretextTask):
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The voxels to restore are those of another case; see `PretextTask.sham`."""
-        target, valid = of_another_case(views["target"]), of_another_case(views["valid"])
-        return {**views, "image": views["target"], "target": target, "valid": views["valid"] & valid}
+        return restore_another_case(views)
 
     def export_network(self) -> nn.Module:
         """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
@@ -147,20 +145,6 @@ def _check_block(block_size: int, patch_size: tuple[int, ...]) -> None:
             f"block_size={block_size} covers the whole patch {patch_size}: all or nothing would be hidden. Set a "
             f"smaller one: --set block_size={min(patch_size) // 2}"
         )
-
-
-def _check_tokens(num_tokens: int, mask_ratio: float) -> None:
-    if num_visible(num_tokens, mask_ratio) == num_tokens:
-        raise ValueError(
-            f"mask_ratio={mask_ratio} hides none of a patch's {num_tokens} tokens: raise it, or plan a larger patch"
-        )
-
-
-def _visible_mean(target: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """The mean of the visible voxels per sample and channel, at every voxel: (B, C, *patch)."""
-    count = visible.flatten(1).sum(1).clamp(min=1)
-    mean = torch.where(visible, target, 0).flatten(2).sum(2) / count[:, None]
-    return mean.view(*mean.shape, *[1] * (target.ndim - 2)).expand_as(target)
 
 
 @TRAINERS.register

@@ -26,6 +26,7 @@ from nnssl_ext.models.resenc import build_unet, export_unet
 from nnssl_ext.models.visible import Densify, check_visible_only, scale_masks, visible_feature_maps
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
+from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
 from nnssl_ext.views.tokens import check_ratio, hidden_voxels, keep_tokens
 
@@ -113,6 +114,10 @@ class Spark(PretextTask):
         maps = visible_feature_maps(self.encoder, image, visible)
         masks = scale_masks(visible, self.encoder.strides)
         return self.decoder([fill(*pair) for fill, *pair in zip(self.densify, maps, masks, strict=True)])
+
+    def sham(self, views: Views, random: SampleRandom) -> Views:
+        """The voxels to restore are those of another case; see `PretextTask.sham`."""
+        return restore_another_case(views)
 
     def export_network(self) -> nn.Module:
         """The stock U-Net as trained, without what fills holes; see `PretextTask`."""

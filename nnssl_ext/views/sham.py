@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,16 @@ def of_another_case(tensor: Tensor, images: int = 1) -> Tensor:
     if len(tensor) <= images:
         raise ValueError("a sham takes targets from the other cases of a batch: use a -batch_size of 2 or more")
     return tensor.roll(images, dims=0)
+
+
+def restore_another_case(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The views of a restoration, whose voxels to restore are those of another case.
+
+    Args:
+        views: With `target` (B, C, *patch), and `asked` (B, 1, *patch), bool: where it is asked for.
+    """
+    target, asked = of_another_case(views["target"]), of_another_case(views["asked"])
+    return {**views, "target": target, "asked": views["asked"] & asked}
 
 
 def drawn_classes(classes: Tensor, num_classes: int, random: SampleRandom) -> Tensor:

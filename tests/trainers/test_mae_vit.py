@@ -63,7 +63,7 @@ def token_of_voxel(patch_size: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("rubbish", [7.0, float("nan")])
 def test_hidden_voxels_never_reach_the_network(task, patch_size, rubbish):
     views = task.views(make_batch(patch_size), RANDOM, train=False)
-    spoilt = views | {"target": views["target"].masked_fill(views["hidden"], rubbish)}
+    spoilt = views | {"image": views["image"].masked_fill(views["hidden"], rubbish)}
     assert torch.equal(prediction(task, spoilt), prediction(task, views))
 
 
