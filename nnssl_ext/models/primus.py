@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from math import log2, prod
+from math import ceil, log2, prod
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from torch.nn import functional
 
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.models.resenc import EXPORT_SEED, build_network, check_divisible
+from nnssl_ext.models.segmentation_decoders import HE_SLOPE, INTERPOLATION, MLPDecoder, PyramidDecoder
 from nnssl_ext.planners.plan import Configuration
-from nnssl_ext.planners.primus import HEAD_DIVISOR
+from nnssl_ext.planners.primus import HEAD_DIVISOR, check_decoder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # timm declares interfaces in a way that torch has deprecated
@@ -33,11 +34,8 @@ with warnings.catch_warnings():
     from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchDecode, PatchEmbed
     from timm.layers import RotaryEmbeddingCat, build_rotary_pos_embed
 
-HE_SLOPE = 1e-2
-"""Negative slope that the library initialises its convolutions for."""
 REGISTER_STD = 1e-6
 """Initial spread of register tokens, the library's."""
-INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 
 class PrimusBackbone(nn.Module):
@@ -54,6 +52,7 @@ class PrimusBackbone(nn.Module):
         drop_path_rate: Share of the blocks skipped in training at the last block, rising from 0 at the first.
         init_values: Initial scale of what a block adds, or None.
         scale_attn_inner: Whether attention normalises its output before the projection.
+        evamae_rotary: Whether tokens are rotated as upstream's EvaMAE did on this one patch; see `evamae_rows`.
 
     Raises:
         ValueError: Where the patch is not whole tokens, or a width does not fit.
@@ -71,6 +70,7 @@ class PrimusBackbone(nn.Module):
         drop_path_rate: float = 0.0,
         init_values: float | None = None,
         scale_attn_inner: bool = False,
+        evamae_rotary: bool = False,
     ) -> None:
         super().__init__()
         _check(input_shape, patch_embed_size, embed_dim, eva_numheads)
@@ -89,6 +89,8 @@ class PrimusBackbone(nn.Module):
             init_values=init_values,
             scale_attn_inner=scale_attn_inner,
         )
+        if evamae_rotary:
+            self.eva.rope.pos_embed = evamae_rows(self.eva.rope.get_embed(), self.grid)
         registers = torch.randn(1, num_register_tokens, embed_dim) * REGISTER_STD if num_register_tokens else None
         self.register_tokens = None if registers is None else nn.Parameter(registers)
 
@@ -102,12 +104,17 @@ class PrimusBackbone(nn.Module):
         Returns:
             (B, n, D), in the order of `kept`, without registers; what stands at an empty place has no meaning.
         """
-        embedded = self.down_projection(x)
-        tokens = embedded.flatten(2).transpose(1, 2) + self.positions(embedded.shape[2:])
-        rope, filled = rotary_table(self.eva.rope, self.grid, embedded.shape[2:]), None
+        (tokens, rope), filled = self._embed(x), None
         if kept is not None:
             tokens, rope, filled = pick(tokens, kept), rope[kept.clamp(min=0)], kept >= 0
         return self.attend(tokens, rope, filled)
+
+    def _embed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All tokens of an image with their positions (B, n, D), and the rotary row of each."""
+        embedded = self.down_projection(x)
+        grid = embedded.shape[2:]
+        tokens = embedded.flatten(2).transpose(1, 2) + self.positions(grid)
+        return tokens, rotary_table(self.eva.rope, self.grid, grid)
 
     def positions(self, grid: Sequence[int]) -> torch.Tensor:
         """The learned positions of a grid's tokens, (1, tokens, D)."""
@@ -124,15 +131,23 @@ class PrimusBackbone(nn.Module):
         Returns:
             (B, n, D), without registers.
         """
+        return self._hidden(tokens, rope, filled)[-1]
+
+    def _hidden(
+        self, tokens: torch.Tensor, rope: torch.Tensor, filled: torch.Tensor | None = None, after: Sequence[int] = ()
+    ) -> list[torch.Tensor]:
+        """As `attend`, with the tokens behind each of the blocks `after` (counted from 1, rising) before the result."""
         prefix = self.eva.num_prefix_tokens
         mask = None if filled is None else attended(filled, prefix)
         if self.register_tokens is not None:
             registers = (self.register_tokens + self.eva.pos_embed[:, :prefix]).expand(len(tokens), -1, -1)
             tokens = torch.cat([registers, tokens], dim=1)
         rope = rope[:, None] if rope.ndim == tokens.ndim else rope
-        for block in self.eva.blocks:
+        passed = []
+        for number, block in enumerate(self.eva.blocks, start=1):
             tokens = block(tokens, rope=rope, attn_mask=mask)
-        return self.eva.norm(tokens)[:, prefix:]
+            passed += [tokens[:, prefix:]] * after.count(number)
+        return [*passed, self.eva.norm(tokens)[:, prefix:]]
 
     def token_map(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens at their places.
@@ -143,8 +158,21 @@ class PrimusBackbone(nn.Module):
         Returns:
             (B, D, *size / token).
         """
+        return self.token_maps(x, 1)[0]
+
+    def token_maps(self, x: torch.Tensor, number: int) -> list[torch.Tensor]:
+        """All tokens at their places, after blocks that divide the transformer into equal parts.
+
+        Args:
+            x: Images (B, C, *size).
+            number: How many maps, 1 or more. A transformer of fewer blocks gives some of them twice.
+
+        Returns:
+            (B, D, *size / token) each; the last one is that of `token_map`, the others are not normalised.
+        """
         grid = [size // edge for size, edge in zip(x.shape[2:], self.token_size, strict=True)]
-        return self.tokens(x).transpose(1, 2).unflatten(2, grid)
+        after = [ceil(len(self.eva.blocks) * part / number) for part in range(1, number)]
+        return [tokens.transpose(1, 2).unflatten(2, grid) for tokens in self._hidden(*self._embed(x), after=after)]
 
 
 class PrimusEncoder(PrimusBackbone, Encoder):
@@ -178,13 +206,16 @@ class PrimusEncoder(PrimusBackbone, Encoder):
 class SegmentationPrimus(PrimusBackbone):
     """The whole network, as nnU-Net's stock trainer builds, trains, loads and predicts with it.
 
-    nnU-Net's deep supervision gets the one output there is, in a list: with three strides its weights are 1 and 0.
+    With two of the three decoders nnU-Net's deep supervision gets the one output there is, in a list: with three
+    strides its weights are 1 and 0.
 
     Args:
         input_channels: Channels of the images.
         num_classes: Output channels.
+        decoder: One of `planners.primus.DECODERS`.
         deep_supervision: Whether the output comes in a list.
-        strides: Three, whose product is the token; read by nnU-Net's trainer alone.
+        strides: Three or more, whose product is the token. nnU-Net's trainer reads the scales of deep supervision from
+            them, and they are those of the pyramid.
         arguments: Those of `PrimusBackbone`.
     """
 
@@ -194,21 +225,30 @@ class SegmentationPrimus(PrimusBackbone):
         num_classes: int,
         *,
         strides: Sequence[Sequence[int]],
+        decoder: str = "primus",
         deep_supervision: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__(input_channels, **arguments)
+        check_decoder(decoder)
         product = tuple(prod(axis) for axis in zip(*strides, strict=True))
         if len(strides) < 3 or product != self.token_size:
             raise ValueError(
                 f"strides {list(strides)} must be three or more whose product is the token {self.token_size}, for "
                 "nnU-Net's trainer reads deep supervision from them. nnssl_plan_experiment writes them"
             )
-        self.decoder = TokenToVoxels(self.token_size, self.eva.embed_dim, num_classes, deep_supervision)
+        width = self.eva.embed_dim
+        self.decoder: TokenToVoxels | PyramidDecoder | MLPDecoder
+        if decoder == "unetr":
+            self.decoder = PyramidDecoder(input_channels, width, num_classes, strides, deep_supervision)
+        elif decoder == "mlp":
+            self.decoder = MLPDecoder(width, num_classes, self.token_size, deep_supervision)
+        else:
+            self.decoder = TokenToVoxels(self.token_size, width, num_classes, deep_supervision)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Logits (B, num_classes, *size) of images (B, C, *size); in a list under deep supervision."""
-        return self.decoder(self.token_map(x))
+        return self.decoder(x, self.token_maps(x, self.decoder.num_maps))
 
 
 class TokenToVoxels(nn.Module):
@@ -224,6 +264,8 @@ class TokenToVoxels(nn.Module):
         deep_supervision: Whether the output comes in a list.
     """
 
+    num_maps = 1
+
     def __init__(self, token_size: tuple[int, ...], embed_dim: int, num_classes: int, deep_supervision: bool) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
@@ -232,9 +274,9 @@ class TokenToVoxels(nn.Module):
         self.seg_layers = nn.ModuleList([decode])
         self.apply(InitWeights_He(HE_SLOPE))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """From (B, embed_dim, *grid) to (B, num_classes, *patch)."""
-        (decode,) = self.seg_layers
+    def forward(self, image: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """Logits (B, num_classes, *size) from the one map of tokens (B, embed_dim, *grid); the image is not used."""
+        (features,), (decode,) = maps, self.seg_layers
         output = decode(features.unsqueeze(2)).squeeze(2) if self.flat else decode(features)
         return [output] if self.deep_supervision else output
 
@@ -318,6 +360,23 @@ def rotary_table(rope: RotaryEmbeddingCat, own: Sequence[int], grid: Sequence[in
         list(grid), dim=rope.dim, temperature=rope.temperature, in_pixels=rope.in_pixels, device=table.device
     )
     return torch.cat(halves, -1).to(table.dtype)
+
+
+def evamae_rows(table: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """The rotary rows that upstream's EvaMAE gave the tokens of a grid (I, J, K).
+
+    It counts tokens with the second axis slowest, and takes their rows from a table made for the first: (i, j, k) gets
+    row (j I + i) K + k.
+
+    Args:
+        table: (tokens, width), with the first axis slowest.
+        grid: Tokens per axis, three of them.
+
+    Returns:
+        (tokens, width), tokens with the first axis slowest.
+    """
+    first, second, third = grid
+    return table.unflatten(0, (second, first, third)).transpose(0, 1).flatten(0, 2)
 
 
 def build_primus(configuration: Configuration) -> PrimusEncoder:

@@ -19,6 +19,10 @@ TOKEN_EDGE = 8
 DROP_PATH_RATE = 0.2
 LAYER_SCALE = 0.1
 MLP_RATIO = 8 / 3
+DECODERS = ("primus", "unetr", "mlp")
+"""How tokens become voxels: by Primus' transposed convolutions, UNETR's pyramid, SegFormer's all-MLP decoder."""
+MIN_STRIDES = 3
+"""With two nnU-Net's deep supervision has no weight left and its loss is NaN."""
 HEAD_DIVISOR = {2: 4, 3: 6}
 """What the width of a head is divisible by: rotary positions take pairs of values, equally many of each axis."""
 
@@ -81,6 +85,53 @@ def token_strides(token: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Three strides whose product is the token; nnU-Net's trainer needs them, the network has no such layers."""
     half = tuple(min(2, edge) for edge in token)
     return (1,) * len(token), half, tuple(edge // step for edge, step in zip(token, half, strict=True))
+
+
+def pyramid_strides(token: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Strides of a pyramid from voxels to tokens: each halves the axes along which most is left to halve.
+
+    Near full resolution an axis of coarser spacing, whose tokens are shorter, is thus left as it is.
+
+    Returns:
+        Three or more, the first all ones; their product is the token.
+    """
+    left, steps = tuple(token), [(1,) * len(token)]
+    while max(left) > 1:
+        steps.append(tuple(2 if edge == max(left) else 1 for edge in left))
+        left = tuple(edge // step for edge, step in zip(left, steps[-1], strict=True))
+    return tuple(steps) if len(steps) >= MIN_STRIDES else token_strides(token)
+
+
+def check_decoder(decoder: str) -> None:
+    """Refuses an unknown decoder.
+
+    Raises:
+        ValueError: Lists the known ones.
+    """
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder {decoder!r} is not known; valid: {', '.join(DECODERS)}")
+
+
+def with_decoder(architecture: Mapping[str, Any], decoder: str) -> dict[str, Any]:
+    """The same transformer with another decoder.
+
+    Args:
+        architecture: nnU-Net's `architecture` block of a Primus.
+        decoder: One of `DECODERS`.
+
+    Raises:
+        ValueError: If it is not known, or the architecture is no transformer.
+    """
+    check_decoder(decoder)
+    if not is_transformer(architecture):
+        raise ValueError(
+            f"decoder {decoder!r} belongs to transformers, and the pretrained network is a U-Net with one of its own. "
+            "Leave out -decoder"
+        )
+    token = architecture["arch_kwargs"]["patch_embed_size"]
+    strides = pyramid_strides(token) if decoder == "unetr" else token_strides(token)
+    own = {"decoder": decoder, "strides": [list(stride) for stride in strides]}
+    return {**architecture, "arch_kwargs": {**architecture["arch_kwargs"], **own}}
 
 
 def primus_architecture(size: PrimusSize, patch_size: Sequence[int], token: Sequence[int]) -> dict[str, Any]:
