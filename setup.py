@@ -57,6 +57,7 @@ setup(
     ],
     extras_require={
         "cluster": ["dask>=2024.1", "distributed>=2024.1", "dask-jobqueue>=0.8"],
+        "hub": ["huggingface_hub>=0.23", "safetensors>=0.4"],
         "dev": [
             "pytest>=8",
             "ruff>=0.11",
@@ -65,6 +66,8 @@ setup(
             "hypothesis>=6.100",
             "dask>=2024.1",
             "distributed>=2024.1",
+            "huggingface_hub>=0.23",
+            "safetensors>=0.4",
         ],
     },
     entry_points={"console_scripts": [f"nnssl_{name} = nnssl_ext.cli.{name}:main" for name in COMMANDS]},

@@ -18,6 +18,8 @@ examples:
   nnssl_plan_finetuning -d 4 -pc checkpoint_final.pth -n mae
   nnssl_plan_finetuning -d 4 -pc checkpoint_final.pth -n scratch --from_scratch
   nnssl_plan_finetuning -d 4 -pc checkpoint_final.pth -n mae_saw --set schedule=sawtooth num_epochs=150
+  nnssl_plan_finetuning -d 4 -pc checkpoint_final.pth -n vit_unetr -decoder unetr
+  nnssl_plan_finetuning -d 4 -pc hf://AnonRes/ResEncL-OpenMind-MAE -n openmind
   nnssl_plan_finetuning -d 4 -pc checkpoint_final.pth -n mae_1mm -m fixed -os 1 1 1 -transfer encoder_decoder
 """
 
@@ -52,7 +54,11 @@ def parser() -> argparse.ArgumentParser:
         "-d", "--dataset", required=True, help="id or name of a labelled dataset in nnUNet_raw (or nnssl_raw)"
     )
     p.add_argument(
-        "-pc", "--pretrained_checkpoint", type=Path, required=True, help="checkpoint of nnssl_train, or a released one"
+        "-pc",
+        "--pretrained_checkpoint",
+        required=True,
+        metavar="FILE",
+        help="checkpoint of nnssl_train or of upstream's nnssl; on the Hugging Face hub: hf://OWNER/REPO[@REVISION][/FILE]",
     )
     p.add_argument("-n", "--name", required=True, help="the plans become ptPlans__NAME")
     p.add_argument(
@@ -68,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-patch_size", type=int, nargs="+", metavar="N", help="voxels z y x (default: the checkpoint's)")
     p.add_argument("-batch_size", type=int, help="samples a step (default: 2 in 3D, 12 in 2D)")
+    p.add_argument(
+        "-decoder", help="of a transformer: primus (default), unetr (convolutional pyramid) or mlp (light, SegFormer's)"
+    )
+    p.add_argument(
+        "--token_order", help="of upstream's transformers: evamae or primus (default: what the checkpoint says)"
+    )
     p.add_argument("--from_scratch", action="store_true", help="the fair baseline: the same plans without weights")
     p.add_argument("--allow_sham", action="store_true", help="take the weights of a control run (nnssl_train --sham)")
     p.add_argument("--splits", type=Path, help="JSON of folds with train and val ids (default: splits_final.json)")
@@ -108,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         transfer=args.transfer,
         patch_size=args.patch_size,
         batch_size=args.batch_size,
+        decoder=args.decoder,
+        token_order=args.token_order,
         from_scratch=args.from_scratch,
         allow_sham=args.allow_sham,
         ignore_keys=args.ignore_keys,

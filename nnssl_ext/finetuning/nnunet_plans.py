@@ -14,6 +14,7 @@ from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split, folds_by_subject
 from nnssl_ext.finetuning.config import PLANS_KEY, FinetuningConfig
 from nnssl_ext.finetuning.environment import nnunet_root
+from nnssl_ext.finetuning.hub import locate
 from nnssl_ext.finetuning.nnunet_dataset import NNUNET_PLANS, prepare_dataset
 from nnssl_ext.finetuning.plans_content import build_finetuning_network, build_plans, smaller_patch
 from nnssl_ext.finetuning.preprocessing_settings import Mode, Preprocessing, resolve_preprocessing
@@ -56,7 +57,7 @@ class FinetuningPlan:
 
 def plan_finetuning(
     dataset: int | str,
-    checkpoint: Path,
+    checkpoint: Path | str,
     name: str,
     *,
     mode: Mode = "like_pretrained",
@@ -64,6 +65,8 @@ def plan_finetuning(
     transfer: Transfer = "encoder",
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
+    decoder: str | None = None,
+    token_order: str | None = None,
     from_scratch: bool = False,
     allow_sham: bool = False,
     ignore_keys: Sequence[str] = (),
@@ -76,13 +79,15 @@ def plan_finetuning(
 
     Args:
         dataset: Id or name of a dataset in `nnUNet_raw`.
-        checkpoint: A pretrained checkpoint.
+        checkpoint: A pretrained checkpoint, or its address on the Hugging Face hub (`finetuning.hub`).
         name: The plans become `ptPlans__NAME`.
         mode: How images are prepared, see `resolve_preprocessing`.
         spacing: mm per axis (z, y, x), with mode `fixed`.
         transfer: Which weights to take over.
         patch_size: Voxels; by default what the checkpoint recommends.
         batch_size: Samples per step; by default 2 in 3D and 12 in 2D.
+        decoder: For a transformer, one of `planners.primus.DECODERS`; by default Primus' own.
+        token_order: For a transformer of upstream's, one of `upstream.TokenOrder`; by default what the checkpoint says.
         from_scratch: Write the fair baseline instead: the same plans without weights.
         allow_sham: Take a control run's weights, which were trained on destroyed targets.
         ignore_keys: Prefixes of checkpoint keys that may be dropped without a known reason.
@@ -96,7 +101,7 @@ def plan_finetuning(
         ValueError: If something does not fit; the message says what is allowed.
     """
     plans_name = _plans_name(name)
-    pretrained = read_pretrained(checkpoint)
+    pretrained = read_pretrained(locate(checkpoint), token_order)
     if pretrained.sham and not (allow_sham or from_scratch):
         raise ValueError(
             f"{checkpoint} is of a sham run, a control whose targets were destroyed. Use the checkpoint of the real "
@@ -109,7 +114,7 @@ def plan_finetuning(
         "dataset_name": folder.name,
         "plans_name": plans_name,
         "image_reader_writer": _reader(folder.name),
-        **build_plans(pretrained, preprocessing, fingerprint, patch_size or pretrained.patch_size, batch_size),
+        **build_plans(pretrained, preprocessing, fingerprint, patch_size or pretrained.patch_size, batch_size, decoder),
     }
     adapted = None
     if not from_scratch:

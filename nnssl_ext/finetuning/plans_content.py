@@ -11,12 +11,10 @@ import numpy as np
 from nnssl_ext.core.random import seed_of
 from nnssl_ext.finetuning.preprocessing_settings import NO_RESAMPLING_FUNCTION, Preprocessing, configuration_name
 from nnssl_ext.finetuning.pretrained import Pretrained
-from nnssl_ext.planners.primus import with_patch_size
+from nnssl_ext.planners.primus import MIN_STRIDES, with_decoder, with_patch_size
 
 BATCH_SIZES = {2: 12, 3: 2}
 """Default batch size by the number of dimensions: nnU-Net's reference values."""
-MIN_STAGES = 3
-"""With two stages nnU-Net's deep supervision has no weight left and its loss is NaN."""
 
 
 def build_plans(
@@ -25,6 +23,7 @@ def build_plans(
     fingerprint: Mapping[str, Any],
     patch_size: Sequence[int],
     batch_size: int | None,
+    decoder: str | None = None,
 ) -> dict[str, Any]:
     """The part of nnU-Net's plans that does not depend on names.
 
@@ -34,12 +33,17 @@ def build_plans(
         fingerprint: nnU-Net's, of the dataset.
         patch_size: Voxels per dimension of the network.
         batch_size: Samples a step; None for `BATCH_SIZES`.
+        decoder: What a transformer's tokens become voxels by, one of `planners.primus.DECODERS`; None: Primus' own.
 
     Raises:
         ValueError: If the patch does not fit the network, or the network does not fit nnU-Net's trainer.
     """
     dims = len(pretrained.patch_size)
-    check_patch_size(patch_size, pretrained.architecture)
+    architecture = pretrained.architecture
+    if decoder is not None:
+        architecture = with_decoder(architecture, decoder)
+    check_patch_size(patch_size, architecture)
+    check_rotary(patch_size, pretrained)
     order = list(preprocessing.transpose_forward)
     shapes = np.asarray(fingerprint["shapes_after_crop"], dtype=float)[:, order]
     spacings = np.asarray(fingerprint["spacings"], dtype=float)[:, order]
@@ -53,7 +57,7 @@ def build_plans(
         "normalization_schemes": list(preprocessing.normalization_schemes),
         "use_mask_for_norm": list(preprocessing.use_mask_for_norm),
         **preprocessing.resampling,
-        "architecture": with_patch_size(pretrained.architecture, patch_size),
+        "architecture": with_patch_size(architecture, patch_size),
         "batch_dice": dims == 2,
     }
     return {
@@ -84,9 +88,9 @@ def check_patch_size(patch_size: Sequence[int], architecture: Mapping[str, Any])
         ValueError: Names what the size must be divisible by, and the nearest size that fits.
     """
     strides = [tuple(stride) for stride in architecture["arch_kwargs"]["strides"]]
-    if len(strides) < MIN_STAGES:
+    if len(strides) < MIN_STRIDES:
         raise ValueError(
-            f"the network has {len(strides)} stages; nnU-Net's deep supervision needs {MIN_STAGES} or more"
+            f"the network has {len(strides)} stages; nnU-Net's deep supervision needs {MIN_STRIDES} or more"
         )
     if len(patch_size) != len(strides[0]):
         raise ValueError(f"patch size {tuple(patch_size)} does not fit a network of {len(strides[0])} dimensions")
@@ -98,6 +102,25 @@ def check_patch_size(patch_size: Sequence[int], architecture: Mapping[str, Any])
         )
     if tuple(patch_size) == total:
         raise ValueError(f"patch size {tuple(patch_size)} leaves one voxel at the deepest stage; double one axis")
+
+
+def check_rotary(patch_size: Sequence[int], pretrained: Pretrained) -> None:
+    """Refuses another patch for a transformer whose tokens were rotated by rows of no grid (`finetuning.upstream`).
+
+    Raises:
+        ValueError: Names the only patch.
+    """
+    arguments = pretrained.architecture["arch_kwargs"]
+    if not arguments.get("evamae_rotary"):
+        return
+    token = arguments["patch_embed_size"]
+    learned = [size * edge for size, edge in zip(pretrained.position_grid, token, strict=True)]
+    if list(patch_size) != learned:
+        raise ValueError(
+            f"patch size {tuple(patch_size)} is not possible: upstream's masked autoencoder mixed up the rotary "
+            "positions of a patch whose first two edges differ, so that they mean something on that patch alone. Use "
+            f"-patch_size {' '.join(map(str, learned))}"
+        )
 
 
 def total_stride(architecture: Mapping[str, Any]) -> tuple[int, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nnssl_ext.core.records import read_json
 from nnssl_ext.engine.checkpoint import load_checkpoint, resenc_l
+from nnssl_ext.finetuning import upstream
 from nnssl_ext.planners.architecture import KEYS_TO_IMPORT
 from nnssl_ext.planners.primus import PRIMUS_CLASS, is_transformer, named_primus, token_grid
 
@@ -21,6 +23,9 @@ _CLASS_PATHS = {
 }
 _PRIMUS_NAMES = ("PrimusS", "PrimusB", "PrimusM", "PrimusL")
 _SET_BY_NNUNET = ("input_channels", "num_classes", "output_channels", "deep_supervision")
+PLAN_FILE = "adaptation_plan.json"
+"""Lies beside weights in the format of safetensors, which hold nothing but tensors."""
+_UNET_MODULES = ("encoder", "decoder")
 _DDP_PREFIX, _COMPILE_PREFIX = "module.", "_orig_mod."
 
 
@@ -52,6 +57,8 @@ class Pretrained:
     """The learned position embedding of a transformer."""
     position_grid: tuple[int, ...] = ()
     """Tokens per axis that the position embedding was learned for."""
+    unused: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """What the checkpoint holds beside `weights`, for its pretraining alone (heads, a mask token): shapes."""
     trains_decoder: bool | None = None
     """Whether the pretraining trained the decoder; None where the checkpoint does not say."""
     sham: bool = False
@@ -70,26 +77,50 @@ class Pretrained:
         return tuple(float(value) for value in spacing)
 
 
-def read_pretrained(path: Path) -> Pretrained:
+def read_pretrained(path: Path, token_order: str | None = None) -> Pretrained:
     """Reads a checkpoint of this project or of upstream's, whole or released.
 
     Args:
-        path: A `.pth` file with `network_weights` and `nnssl_adaptation_plan`.
+        path: A `.pth` file with `network_weights` and `nnssl_adaptation_plan`, or `.safetensors` beside `PLAN_FILE`.
+        token_order: For a transformer of upstream's, one of `upstream.TokenOrder`; None: what the checkpoint says.
 
     Raises:
         FileNotFoundError: If it is not there.
         ValueError: If it is damaged, holds code, lacks a part, or its network is not supported.
     """
-    checkpoint = load_checkpoint(path)
+    if token_order is not None:
+        upstream.check_token_order(token_order)
+    checkpoint = _load_safetensors(path) if path.suffix == ".safetensors" else load_checkpoint(path)
     if "nnssl_adaptation_plan" not in checkpoint:
         raise ValueError(
             f"{path} has no nnssl_adaptation_plan, only {', '.join(map(str, checkpoint))}: it does not say how its "
             "network is built. Checkpoints of nnssl_train and of upstream's nnssl have one"
         )
+    plan = checkpoint["nnssl_adaptation_plan"]
     try:
-        return _pretrained(path, checkpoint, checkpoint["nnssl_adaptation_plan"])
+        found = _pretrained(path, checkpoint, plan)
+        if "nnssl_pretraining" in checkpoint:
+            return found
+        if is_transformer(found.architecture):
+            return _foreign_transformer(found, checkpoint, plan, token_order)
+        return _foreign_unet(found)
     except KeyError as error:
         raise ValueError(f"{path}: its adaptation plan has no {error}; docs/checkpoint.md lists all keys") from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(f"{path} needs safetensors. Install it: pip install 'nnssl_ext[hub]'") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    plan = read_json(path.with_name(PLAN_FILE))
+    try:
+        return {"network_weights": load_file(path), "nnssl_adaptation_plan": plan}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}. Get a fresh copy") from error
 
 
 def _pretrained(path: Path, checkpoint: Mapping[str, Any], plan: Mapping[str, Any]) -> Pretrained:
@@ -100,9 +131,8 @@ def _pretrained(path: Path, checkpoint: Mapping[str, Any], plan: Mapping[str, An
         )
     (configuration,) = plans["configurations"].values()
     patch_size = plan["recommended_downstream_patchsize"]
-    ours = "nnssl_pretraining" in checkpoint
     pretraining = checkpoint.get("nnssl_pretraining", {})
-    architecture = _architecture(plan["architecture_plans"], patch_size, ours, path)
+    architecture = _architecture(plan["architecture_plans"], patch_size, path)
     return Pretrained(
         name=Path(path).name,
         weights=_plain_keys(checkpoint["network_weights"]),
@@ -123,27 +153,79 @@ def _pretrained(path: Path, checkpoint: Mapping[str, Any], plan: Mapping[str, An
     )
 
 
+def _foreign_unet(found: Pretrained) -> Pretrained:
+    """A U-Net of upstream's: its encoder may be called otherwise, and heads may lie beside it."""
+    module, dot, _ = found.encoder_key.rpartition(".stages")
+    renamed = {module: "encoder"} if dot and module != "encoder" else {}
+    parts = (f"{module}.", *(f"{part}." for part in _UNET_MODULES if not renamed))
+    return _renamed(found, renamed, parts)
+
+
+def _foreign_transformer(
+    found: Pretrained, checkpoint: Mapping[str, Any], plan: Mapping[str, Any], token_order: str | None
+) -> Pretrained:
+    """A transformer of upstream's in our names, its tokens in our order. Its decoder never serves another task."""
+    order = token_order or upstream.token_order(checkpoint, found.name, found.weights)
+    found = _renamed(
+        found,
+        {found.stem_key: upstream.STEM, found.encoder_key: upstream.STAGES},
+        (f"{found.stem_key}.", f"{found.encoder_key}."),
+    )
+    arguments = found.architecture["arch_kwargs"]
+    if upstream.POSITION_KEY not in found.weights:
+        raise ValueError(f"{found.name} holds no position embedding {plan['key_to_lpe']}: it is incomplete")
+    num_tokens = found.weights[upstream.POSITION_KEY].shape[1] - arguments.get("num_register_tokens", 0)
+    patches = [plan.get("pretrain_patch_size"), found.configuration.get("patch_size"), found.patch_size]
+    grid = upstream.learned_grid(num_tokens, filter(None, patches), arguments["patch_embed_size"])
+    weights, scattered = found.weights, False
+    if order == "evamae":
+        weights, scattered = upstream.to_primus_order(weights, grid, arguments["eva_numheads"])
+    if scattered:
+        arguments = {**arguments, "evamae_rotary": True}
+    return replace(
+        found,
+        weights=weights,
+        architecture={**found.architecture, "arch_kwargs": arguments},
+        in_proj_keys=(f"{upstream.STEM}.proj",),
+        position_key=upstream.POSITION_KEY,
+        position_grid=grid,
+        trains_decoder=False,
+    )
+
+
+def _renamed(found: Pretrained, renamed: Mapping[str, str], parts: tuple[str, ...]) -> Pretrained:
+    """With modules under new names; what lies outside `parts` (prefixes of old names) is set aside."""
+    kept = [key for key in found.weights if key.startswith(parts)]
+    names = upstream.new_names([*kept, *found.in_proj_keys, found.encoder_key, found.stem_key], renamed)
+    return replace(
+        found,
+        weights={names[key]: found.weights[key] for key in kept},
+        unused={key: tuple(value.shape) for key, value in found.weights.items() if key not in set(kept)},
+        encoder_key=names[found.encoder_key],
+        stem_key=names[found.stem_key],
+        in_proj_keys=tuple(names[key] for key in found.in_proj_keys),
+    )
+
+
 def _plain_keys(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict without the prefixes that DDP and torch.compile leave."""
     return {key.removeprefix(_DDP_PREFIX).removeprefix(_COMPILE_PREFIX): value for key, value in weights.items()}
 
 
-def _architecture(plans: Mapping[str, Any], patch_size: Sequence[int], ours: bool, path: Path) -> dict[str, Any]:
-    """nnU-Net's `architecture` block for upstream's `architecture_plans`.
-
-    Transformers are read from checkpoints of this project alone: those of upstream's masked autoencoder count their
-    tokens in another order than the network that fine-tunes them.
-    """
+def _architecture(plans: Mapping[str, Any], patch_size: Sequence[int], path: Path) -> dict[str, Any]:
+    """nnU-Net's `architecture` block for upstream's `architecture_plans`."""
     name, kwargs, imports = (plans[key] for key in ("arch_class_name", "arch_kwargs", "arch_kwargs_requiring_import"))
     if name == "ResEncL":
         return resenc_l()
-    if ours and name in _PRIMUS_NAMES:
+    if name in _PRIMUS_NAMES:
         return named_primus(name.removeprefix("Primus"), patch_size)
-    if ours and name == PRIMUS_CLASS:
+    if name == upstream.PRIMUS_X:
+        return upstream.primus_x_architecture(kwargs or {}, patch_size)
+    if name == PRIMUS_CLASS:
         return {"network_class_name": name, "arch_kwargs": dict(kwargs), "_kw_requires_import": []}
     short = str(name).rsplit(".", 1)[-1]
     if short not in _CLASS_PATHS:
-        supported = ", ".join(("ResEncL", *_CLASS_PATHS)) + ", and Primus as nnssl_train saves it"
+        supported = ", ".join(("ResEncL", *_PRIMUS_NAMES, upstream.PRIMUS_X, *_CLASS_PATHS))
         raise ValueError(f"{path}: nnU-Net's trainer cannot fine-tune the network {name!r}. Supported: {supported}")
     if not kwargs:
         raise ValueError(f"{path}: {short} needs arch_kwargs in its adaptation plan")

@@ -26,6 +26,7 @@ HEAD = ".seg_layers."
 """In the name of every output layer: nnU-Net never loads these."""
 FRESH_KEY = "nnssl_fresh_keys"
 """In the weights file: the keys that were not pretrained. `SSLFinetuneTrainer` initialises them by its own seed."""
+PRETEXT = "serves the pretraining alone"
 _SHOWN = 5
 
 
@@ -120,6 +121,7 @@ def adapt_weights(
         rows.append(row)
     left = [key for key in pretrained.weights if key not in used]
     rows += [_left_over(key, pretrained, set(state), transfer, ignore) for key in left]
+    rows += [KeyRow(key=key, status="left over", shape=shape, note=PRETEXT) for key, shape in pretrained.unused.items()]
     return Adapted(weights={name: weights[name] for name in state}, rows=tuple(rows))
 
 

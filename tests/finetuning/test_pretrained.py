@@ -67,8 +67,8 @@ def test_pretraining_without_resampling_has_no_spacing(tmp_path: Path, style: di
 
 def test_networks_that_nnunet_cannot_train_are_refused(tmp_path: Path) -> None:
     content = checkpoint()
-    content["nnssl_adaptation_plan"]["architecture_plans"]["arch_class_name"] = "PrimusM"
-    with pytest.raises(ValueError, match=r"cannot fine-tune the network 'PrimusM'. Supported: ResEncL, Residual"):
+    content["nnssl_adaptation_plan"]["architecture_plans"]["arch_class_name"] = "NoSkipResEncL"
+    with pytest.raises(ValueError, match=r"cannot fine-tune the network 'NoSkipResEncL'. Supported: ResEncL, PrimusS"):
         read_pretrained(saved(tmp_path, content))
 
 

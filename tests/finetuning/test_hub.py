@@ -1,0 +1,129 @@
+"""Checkpoints on the hub, with the hub's library replaced: nothing is downloaded here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nnssl_ext.cli import plan_finetuning as command
+from nnssl_ext.core.records import read_json, write_json
+from nnssl_ext.finetuning.hub import Address, choose_file, locate, parse_address
+from nnssl_ext.finetuning.pretrained import read_pretrained
+
+from .conftest import checkpoint
+
+
+class Hub:
+    """A repository of files, and what was asked of it."""
+
+    def __init__(self, folder: Path, error: OSError | None = None) -> None:
+        self.folder, self.error, self.asked = folder, error, []
+
+    def list_repo_files(self, repository: str, revision: str | None = None) -> list[str]:
+        self._answer("list", repository, revision)
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def hf_hub_download(self, repository: str, file: str, revision: str | None = None) -> str:
+        self._answer(file, repository, revision)
+        return str(self.folder / file)
+
+    def _answer(self, *asked: str | None) -> None:
+        self.asked.append(asked)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path / "snapshot")
+    hub.folder.mkdir()
+    library = SimpleNamespace(HfApi=lambda: hub, hf_hub_download=hub.hf_hub_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("hf://AnonRes/ResEncL-OpenMind-MAE", ("AnonRes/ResEncL-OpenMind-MAE", None, None)),
+        ("hf://a/b@v1.0", ("a/b", "v1.0", None)),
+        ("hf://a/b/fold_all/checkpoint_final.pth", ("a/b", None, "fold_all/checkpoint_final.pth")),
+        ("hf://a/b@main/c.pth", ("a/b", "main", "c.pth")),
+        ("https://huggingface.co/a/b", ("a/b", None, None)),
+        ("https://huggingface.co/a/b/", ("a/b", None, None)),
+        ("https://huggingface.co/a/b/resolve/main/x/c.pth?download=true", ("a/b", "main", "x/c.pth")),
+        ("https://huggingface.co/a/b/blob/0a1b/c.safetensors", ("a/b", "0a1b", "c.safetensors")),
+    ],
+)
+def test_addresses(text: str, expected: tuple) -> None:
+    assert parse_address(text) == Address(repository=expected[0], revision=expected[1], file=expected[2])
+
+
+@pytest.mark.parametrize("path", ["checkpoint.pth", "/data/a/b.pth", "./hf/a", Path("x.pth")])
+def test_paths_of_this_machine_stay_what_they_are(path: str | Path) -> None:
+    assert locate(path) == Path(path)
+
+
+@pytest.mark.parametrize("text", ["https://zenodo.org/record/1/files/a.pth", "hf://onlyone", "s3://a/b"])
+def test_other_addresses_are_refused_with_the_right_form(text: str) -> None:
+    with pytest.raises(ValueError, match=r"no address of a checkpoint on the hub: write hf://OWNER/REPO"):
+        locate(text)
+
+
+def test_the_command_fetches_the_only_checkpoint_and_names_it(
+    labelled_dataset: Path, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(checkpoint(), hub.folder / "checkpoint_final.pth")
+    torch.save({}, hub.folder / "checkpoint_best.pth")
+    (hub.folder / "README.md").touch()
+    with caplog.at_level("INFO"):
+        command.main(["-d", "7", "-pc", "hf://a/b@v1", "-n", "hub", "--no_preprocess"])
+    assert hub.asked == [("list", "a/b", "v1"), ("checkpoint_final.pth", "a/b", "v1")]
+    info = read_json(labelled_dataset / "ptPlans__hub.json")["pretrain_info"]
+    assert info["checkpoint_name"] == "checkpoint_final.pth"
+    assert f"checkpoint checkpoint_final.pth of a/b: {hub.folder / 'checkpoint_final.pth'}" in caplog.text
+
+
+def test_safetensors_bring_their_plan(hub: Hub) -> None:
+    from safetensors.torch import save_file
+
+    content = checkpoint(channels=2)
+    tensors = {key: value.clone() for key, value in content["network_weights"].items()}
+    save_file(tensors, hub.folder / "model.safetensors")
+    write_json(hub.folder / "adaptation_plan.json", content["nnssl_adaptation_plan"])
+    found = read_pretrained(locate("hf://a/b"))
+    assert [file for file, *_ in hub.asked] == ["list", "model.safetensors", "adaptation_plan.json"]
+    assert found.num_channels == 2
+    assert all(torch.equal(found.weights[key], value) for key, value in tensors.items())
+
+
+def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    write_json(tmp_path / "adaptation_plan.json", {})
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: .* Get a fresh copy"):
+        read_pretrained(tmp_path / "model.safetensors")
+
+
+def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"hf://a/b needs huggingface_hub. Install it: pip install 'nnssl_ext\[hub\]'"):
+        locate("hf://a/b")
+
+
+def test_what_the_hub_does_not_give_is_named(hub: Hub) -> None:
+    hub.error = ConnectionError("no route")
+    with pytest.raises(FileNotFoundError, match=r"does not give c\.pth of a/b: no route\. Without a network"):
+        locate("hf://a/b/c.pth")
+
+
+def test_which_file_is_asked_for_where_none_is_named() -> None:
+    assert choose_file(["fold_0/checkpoint_final.pth", "x.pth"], "a/b") == "fold_0/checkpoint_final.pth"
+    assert choose_file(["x.safetensors", "y.md"], "a/b") == "x.safetensors"
+    with pytest.raises(ValueError, match=r"several checkpoints: x\.pth, y\.pth\. Name one: -pc hf://a/b/x\.pth"):
+        choose_file(["x.pth", "y.pth"], "a/b")
+    with pytest.raises(FileNotFoundError, match=r"a/b has no file that ends in \.pth or \.safetensors"):
+        choose_file(["README.md"], "a/b")
