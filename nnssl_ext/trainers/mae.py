@@ -29,6 +29,7 @@ from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.masks import block_mask
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.targets import TargetConfig, restoration_target
 from nnssl_ext.views.tokens import check_ratio, hidden_voxels, keep_tokens
 
 
@@ -45,6 +46,8 @@ class MAEConfig:
     """Blocks of a transformer's decoder, 1 or more. A U-Net has its own decoder."""
     decoder_heads: float = 0.5
     """Attention heads of a transformer's decoder as a share of the encoder's, above 0; at least one, and as wide."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What is asked for of the hidden voxels."""
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
     """How crops are flipped, rotated and scaled in training."""
 
@@ -103,13 +106,13 @@ class MAE(PretextTask):
         if train:
             moved = spatial_view(image, valid, batch.spacing, random.child("spatial"), self.config.spatial)
             image, valid = moved.data, moved.valid
-        views = {"image": image, "target": image, "valid": valid, "asked": valid}
         shape, ratio, mask = image.shape[2:], self.config.mask_ratio, random.child("mask")
+        block = self.encoder.token_size if is_transformer(self.encoder) else (self.config.block_size,) * len(shape)
+        views = {"image": image, "valid": valid, **restoration_target(image, valid, block, self.config.target)}
         if is_transformer(self.encoder):
-            token_size = self.encoder.token_size
-            kept = keep_tokens(mask, valid, token_size, ratio)
-            return {**views, "hidden": hidden_voxels(kept, token_size, shape), "kept": kept}
-        return {**views, "hidden": block_mask(mask, shape, self.config.block_size, ratio, valid=valid)}
+            kept = keep_tokens(mask, valid, block, ratio)
+            return {**views, "hidden": hidden_voxels(kept, block, shape), "kept": kept}
+        return {**views, "hidden": block_mask(mask, shape, block, ratio, valid=valid)}
 
     def forward(self, views: Views) -> StepOutput:
         """The error on hidden voxels, beside that of guessing each crop's visible mean."""
@@ -123,6 +126,8 @@ class MAE(PretextTask):
             "hidden_share": hidden_share(hidden, views["valid"]),
         }
         images = None if self.training else {"input": image, "masked": masked, "output": output.detach()}
+        if images and self.config.target.normalize:
+            images["target"] = target
         return StepOutput(loss=loss, metrics=metrics, images=images)
 
     def _restore(self, masked: torch.Tensor, views: Views) -> torch.Tensor:

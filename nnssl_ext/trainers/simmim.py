@@ -26,6 +26,7 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.targets import TargetConfig, restoration_target
 from nnssl_ext.views.tokens import check_ratio, hidden_tokens, hidden_voxels, keep_tokens
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class SimMIMConfig:
 
     mask_ratio: float = 0.75
     """Share of the tokens that is hidden, in (0, 1). Wald et al. 2024; the paper hides 0.6 of larger units."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What is asked for of the hidden voxels."""
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
     """How crops are flipped, rotated and scaled in training."""
 
@@ -93,11 +96,10 @@ class SimMIM(PretextTask):
         kept = keep_tokens(random.child("mask"), valid, self.token_size, self.config.mask_ratio)
         return {
             "image": image,
-            "target": image,
             "hidden_tokens": hidden_tokens(kept, prod(self.grid)),
             "hidden": hidden_voxels(kept, self.token_size, image.shape[2:]),
             "valid": valid,
-            "asked": valid,
+            **restoration_target(image, valid, self.token_size, self.config.target),
         }
 
     def forward(self, views: Views) -> StepOutput:
@@ -111,6 +113,8 @@ class SimMIM(PretextTask):
             "hidden_share": hidden_share(hidden, views["valid"]),
         }
         images = None if self.training else {"input": image, "masked": masked, "output": output.detach()}
+        if images and self.config.target.normalize:
+            images["target"] = target
         return StepOutput(loss=masked_l1(output, target, hidden, asked), metrics=metrics, images=images)
 
     def _restore(self, masked: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

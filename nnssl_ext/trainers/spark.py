@@ -28,6 +28,7 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.targets import TargetConfig, restoration_target
 from nnssl_ext.views.tokens import check_ratio, hidden_voxels, keep_tokens
 
 
@@ -40,6 +41,8 @@ class SparkConfig:
     mask_ratio_max: float | None = None
     """If given, the share is drawn anew for each step, uniformly from `mask_ratio` to this, in (0, 1). S3D draws from
     0.6 to 0.9."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What is asked for of the hidden voxels."""
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
     """How crops are flipped, rotated and scaled in training."""
 
@@ -89,7 +92,8 @@ class Spark(PretextTask):
             image, valid = moved.data, moved.valid
         kept = keep_tokens(random.child("mask"), valid, self.cell, self._draw_ratio(random))
         hidden = hidden_voxels(kept, self.cell, image.shape[2:])
-        return {"image": image, "target": image, "hidden": hidden, "valid": valid, "asked": valid}
+        asked = restoration_target(image, valid, self.cell, self.config.target)
+        return {"image": image, "hidden": hidden, "valid": valid, **asked}
 
     def _draw_ratio(self, random: SampleRandom) -> float:
         """The share to hide: one for all samples of a step."""
@@ -108,6 +112,8 @@ class Spark(PretextTask):
         }
         masked = image.masked_fill(hidden, 0)
         images = None if self.training else {"input": image, "masked": masked, "output": output.detach()}
+        if images and self.config.target.normalize:
+            images["target"] = target
         return StepOutput(loss=loss, metrics=metrics, images=images)
 
     def _restore(self, image: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

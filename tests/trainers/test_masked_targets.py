@@ -1,0 +1,88 @@
+"""The options that masked methods share: blocks in their own units, and no background in the loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.engine.task import PretextTask, PretrainTrainer
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.trainers.mae import MAETrainer
+from nnssl_ext.trainers.simmim import SimMIMTrainer
+from nnssl_ext.trainers.spark import SparkTrainer
+
+PATCH = (16, 24, 8)
+RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11))
+METHODS: dict[str, tuple[type[PretrainTrainer], str, list[str], tuple[int, ...]]] = {
+    "mae-cnn": (MAETrainer, "cnn", ["block_size=4"], (4, 4, 4)),
+    "mae-vit": (MAETrainer, "vit", [], (2, 4, 4)),
+    "simmim": (SimMIMTrainer, "vit", [], (2, 4, 4)),
+    "spark": (SparkTrainer, "cnn", [], (4, 4, 4)),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request, tiny_plan, tiny_vit_plan):
+    """Builds the task with further settings; and the size of its blocks."""
+    trainer, backbone, settings, block = METHODS[request.param]
+    plan = {"cnn": tiny_plan, "vit": tiny_vit_plan}[backbone](PATCH)
+
+    def build(*further: str) -> PretextTask:
+        torch.manual_seed(0)
+        recipe = trainer.configured([*settings, *further], backbone)
+        return recipe.build_task(plan.configuration("3d_fullres"), 4).eval()
+
+    return build, block
+
+
+def make_batch() -> tuple[Batch, torch.Tensor]:
+    """Two crops with air, which is nearly flat, in their first half along the second axis; and where the air is."""
+    data = 2 * torch.randn(2, 1, *PATCH, generator=torch.Generator().manual_seed(0)) + 1
+    air = torch.zeros_like(data, dtype=torch.bool)
+    air[:, :, :, :12] = True
+    data = torch.where(air, 0.01 * data - 3, data)
+    valid = torch.ones_like(air)
+    valid[1, :, -6:] = False
+    spacing = torch.ones(2, 3)
+    batch = Batch(
+        data * valid, valid, ("a", "b"), RANDOM.samples, torch.zeros_like(spacing, dtype=torch.int64), spacing
+    )
+    return batch, air
+
+
+def asked_voxels(task: PretextTask, views: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where the target has a say in the loss."""
+    target = views["target"].clone().requires_grad_()
+    task({**views, "target": target}).loss.backward()
+    return target.grad != 0
+
+
+def test_background_is_seen_and_not_asked_for(method):
+    build, _ = method
+    batch, air = make_batch()
+    task = build("target.background_std=0.05")
+    views = task.views(batch, RANDOM, train=False)
+    assert torch.equal(asked_voxels(task, views), views["hidden"] & batch.valid & ~air)
+    assert torch.equal(views["image"], batch.data)
+    assert (~views["hidden"] & air).any()
+    default = build().views(batch, RANDOM, train=False)
+    assert torch.equal(asked_voxels(build(), default), default["hidden"] & batch.valid)
+
+
+def test_targets_are_in_units_of_their_block(method):
+    """Each block has mean 0 and, but for the flat air, variance 1; chance is then that variance."""
+    build, block = method
+    batch, _ = make_batch()
+    task = build("target.normalize=true", "target.background_std=0.05")
+    views = task.views(batch, RANDOM, train=False)
+    blocks = views["target"][0, 0]
+    for axis, edge in enumerate(block):
+        blocks = blocks.unfold(axis, edge, edge)
+    torch.testing.assert_close(blocks.mean((3, 4, 5)), torch.zeros(blocks.shape[:3]), rtol=0, atol=1e-3)
+    tissue = blocks[:, 12 // block[1] :].square().mean((3, 4, 5))
+    torch.testing.assert_close(tissue, torch.ones_like(tissue), rtol=1e-3, atol=1e-3)
+    output = task(views)
+    assert output.metrics["mse_chance"].item() == pytest.approx(1, abs=0.1)
+    assert torch.equal(output.images["target"], views["target"])
+    assert torch.equal(output.images["input"], batch.data)
