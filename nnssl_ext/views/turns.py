@@ -1,0 +1,81 @@
+"""Quarter turns in a plane, of which nothing but what is shown tells: neither padding, nor size, nor sharpness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.views.transform import SpatialTransform, SpatialView, apply_transform, valid_box
+
+NUM_TURNS = 4
+_MOST_SHRUNK = 0.25
+"""No window is shrunk further to fit between real voxels, as for other views."""
+_TINY = 1e-6
+
+
+def turning_plane(patch_size: Sequence[int], spacing: Sequence[float], max_anisotropy: float) -> tuple[int, int]:
+    """The two axes to turn in: those of the most equal edges, and of equals the last ones.
+
+    Args:
+        patch_size: Voxels per axis.
+        spacing: In mm per axis.
+        max_anisotropy: Largest ratio of spacings; beyond, anatomy would be seen to be stretched.
+
+    Raises:
+        ValueError: If the spacings of all axes differ by more.
+    """
+    planes = [
+        (a, b)
+        for a, b in combinations(reversed(range(len(patch_size))), 2)
+        if max(spacing[a], spacing[b]) <= max_anisotropy * min(spacing[a], spacing[b])
+    ]
+    if not planes:
+        raise ValueError(
+            f"no two axes of the spacing {tuple(spacing)} differ by a factor of {max_anisotropy} or less, so the "
+            "stretch would tell the turn. Plan equal spacings: nnssl_plan_experiment -d DATASET -spacing iso"
+        )
+
+    def ratio(plane: tuple[int, int]) -> float:
+        return max(patch_size[axis] for axis in plane) / min(patch_size[axis] for axis in plane)
+
+    b, a = min(planes, key=ratio)
+    return a, b
+
+
+def quarter_turned(
+    data: Tensor, valid: Tensor, turns: Tensor, plane: tuple[int, int], size: Sequence[int]
+) -> SpatialView:
+    """Each sample turned by so many times 90°, as `torch.rot90` turns, looked at in a window of fixed size.
+
+    The window lies at the middle of the real voxels and shows as much as fits between them in each of the four
+    positions, whichever is drawn. The two axes of the plane are interpolated alike.
+
+    Args:
+        data: (B, C, *crop).
+        valid: (B, 1, *crop), bool.
+        turns: (B,), int64, from 0 to 3.
+        plane: The two axes.
+        size: Voxels of the window per axis.
+    """
+    a, b = plane
+    half = torch.tensor([(edge - 1) / 2 for edge in size], device=valid.device)
+    phase = half % 1
+    phase[b] = phase[a]
+    lower, upper = valid_box(valid)
+    centre = ((lower + upper) / 2 - phase).floor() + phase
+    needed = half.clone()
+    needed[[a, b]] = max((size[a] - 1) / 2, (size[b] - 1) / 2)
+    reach = torch.minimum(centre - lower, upper - centre)
+    zoom = ((reach + _TINY) / (needed + _TINY)).amin(1).clamp(_MOST_SHRUNK, 1)
+    cos, sin = _sine((turns + 1) % NUM_TURNS), _sine(turns)
+    matrix = torch.eye(len(size), device=valid.device).repeat(len(valid), 1, 1)
+    matrix[:, a, a], matrix[:, a, b], matrix[:, b, a], matrix[:, b, b] = cos, sin, -sin, cos
+    return apply_transform(data, valid, SpatialTransform(tuple(size), matrix * zoom.view(-1, 1, 1), centre))
+
+
+def _sine(quarter: Tensor) -> Tensor:
+    """The sine of so many quarter turns from 0 to 3: 0, 1, 0, -1, exactly."""
+    return (2 - quarter).float() * (quarter % 2).float()
