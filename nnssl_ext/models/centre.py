@@ -51,11 +51,11 @@ class Centre(nn.Module):
         self.count += sums[-1]
 
     @torch.no_grad()
-    def update(self, momentum: torch.Tensor) -> None:
+    def update(self, momentum: float | torch.Tensor) -> None:
         """Moves the centre by what was collected, if anything was.
 
         Args:
-            momentum: Scalar in [0, 1).
+            momentum: In [0, 1).
         """
         rate = (1 - momentum) * (self.count > 0)
         self.mean.lerp_(self.total / self.count.clamp(min=1), rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,9 +23,16 @@ class Teacher(nn.Module):
 
     def __init__(self, **modules: nn.Module) -> None:
         super().__init__()
+        self.add(**modules)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def add(self, **modules: nn.Module) -> None:
+        """Follows further modules from now on."""
         for name, module in modules.items():
-            self.add_module(name, deepcopy(module).requires_grad_(False))
-        self.eval()
+            self.add_module(name, deepcopy(module).requires_grad_(False).eval())
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: a teacher drops nothing."""

@@ -1,0 +1,501 @@
+"""Self-distillation: a student predicts, from other crops, what a slow copy of itself makes of two large ones.
+
+`DINOTrainer` compares one descriptor per crop. `DINOv2Trainer` adds hidden tokens that the student has to fill in
+(iBOT), a push that keeps cases apart (KoLeo) and, as an option, token similarities kept as an earlier network had them
+(Gram). Both are made for batches of 2 to 8 volumes, where the published recipes collapse: few prototypes, a slow rise
+of the teacher's temperature, targets centred by a running mean and not by the batch, queues of other cases.
+
+Papers: Caron et al. 2021 (arXiv:2104.14294), Zhou et al. 2022 (arXiv:2111.07832), Oquab et al. 2023
+(arXiv:2304.07193), Siméoni et al. 2025 (arXiv:2508.10104). Other than there, the descriptor is the mean over the
+deepest feature map, on a transformer too: nnU-Net's Primus has no class token, and no decoder reads its registers.
+Hidden tokens have a pass of their own, so descriptors are learned from whole crops. On a U-Net hidden voxels are 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil, prod
+from typing import Literal
+
+import torch
+from torch import nn
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.engine.monitors import token_spread
+from nnssl_ext.engine.optim import OptimConfig
+from nnssl_ext.engine.schedules import ScheduleConfig
+from nnssl_ext.engine.task import (
+    TRAINERS,
+    Embeddings,
+    PretextTask,
+    PretrainTrainer,
+    Response,
+    StepOutput,
+    TaskInfo,
+    Views,
+)
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.losses.dino import dino_loss, known_case
+from nnssl_ext.losses.gram import gram_loss
+from nnssl_ext.losses.ibot import ibot_loss
+from nnssl_ext.losses.koleo import koleo
+from nnssl_ext.losses.sinkhorn import sinkhorn
+from nnssl_ext.models.backbone import build_encoder, export_network, token_level
+from nnssl_ext.models.ema import Teacher, ema_momentum
+from nnssl_ext.models.encoder import Encoder
+from nnssl_ext.models.heads import PrototypeHead
+from nnssl_ext.models.hidden import HiddenTokens
+from nnssl_ext.models.queue import EMPTY, FeatureQueue, all_rows, case_keys
+from nnssl_ext.models.targets import Targets, check_balance, num_ranks, prototypes_for, rank
+from nnssl_ext.planners.plan import Configuration
+from nnssl_ext.planners.rules import StepCost
+from nnssl_ext.views.masks import block_mask
+from nnssl_ext.views.multicrop import MEASURED, NUM_GLOBALS, MultiCropConfig, multi_crop, view_sizes
+from nnssl_ext.views.sham import of_another_case
+
+Centring = Literal["softmax", "sinkhorn"]
+BALANCE = {"softmax": None, "sinkhorn": sinkhorn}
+"""How targets are kept from being all the same, by the name of the setting."""
+STEP_SHARE = 0.1
+"""No constant number of steps exceeds this share of the run."""
+DESCRIPTORS_PER_PROTOTYPE, TOKENS_PER_PROTOTYPE = 1 / 16, 1 / 4
+"""Samples per prototype below which balanced targets are refused: descriptors, hidden tokens."""
+MAX_KOLEO = 8.0
+"""How far the collapse monitor may multiply KoLeo's weight."""
+_STAGE = re.compile(r"^encoder\.(?:module\.stages|eva\.blocks)\.(\d+)\.")
+
+Weighted = dict[str, tuple[float | torch.Tensor, torch.Tensor]]
+"""Losses by name, each with its weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOConfig:
+    """Settings of self-distillation on one descriptor per crop."""
+
+    crops: MultiCropConfig = field(default_factory=MultiCropConfig)
+    """Which views are compared."""
+    prototypes: int | None = None
+    """Number of prototypes, 2 or more; none: the power of two at or above 4 per case, from 256 to 8192."""
+    student_temperature: float = 0.1
+    """Above 0. Caron et al. 2021."""
+    teacher_temperature: tuple[float, float] = (0.04, 0.05)
+    """At the start and after the ramp, above 0. A fast or far rise is the main cause of collapse on volumes."""
+    temperature_ramp: float = 0.6
+    """Length of the rise as a share of the run, in [0, 1]."""
+    centring: Centring = "softmax"
+    """What keeps targets from being all the same: a running centre, or balance over the batch (large ones only)."""
+    centre_momentum: float = 0.999
+    """Of the running centre, in [0, 1); never above the teacher's, so that it forgets as fast."""
+    ema: tuple[float, float] = (0.992, 0.9995)
+    """The teacher's momentum at the start and at the end, each in [0, 1)."""
+    short_ema: tuple[float, float] = (0.98, 0.996)
+    """The same in runs shorter than `short_run`, which a slow teacher would outlast."""
+    short_run: int = 5000
+    """In optimiser steps, 0 or more."""
+    freeze_steps: int = 1500
+    """Optimiser steps in which prototypes rest, 0 or more; at most a tenth of the run."""
+    layer_decay: float = 0.9
+    """Learning rate of an encoder stage (on a transformer: a block) relative to the next deeper one, in (0, 1]."""
+    stem_lr: float = 0.2
+    """Factor on the learning rate of a transformer's patch embedding, above 0. Oquab et al. 2023."""
+    export: Literal["teacher", "student"] = "teacher"
+    """Whose encoder goes to fine-tuning."""
+
+    def __post_init__(self) -> None:
+        for name in ("centre_momentum", "ema", "short_ema"):
+            value = getattr(self, name)
+            if not all(0 <= each < 1 for each in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{name}={value} must lie in [0, 1): at 1 nothing would ever move.")
+        for name in ("student_temperature", "teacher_temperature", "stem_lr"):
+            value = getattr(self, name)
+            if not all(each > 0 for each in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{name}={value} must be above 0.")
+        if self.prototypes is not None and self.prototypes < 2:
+            raise ValueError(f"prototypes={self.prototypes} must be 2 or more.")
+        if not 0 <= self.temperature_ramp <= 1:
+            raise ValueError(f"temperature_ramp={self.temperature_ramp} must lie in [0, 1].")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1].")
+        if min(self.short_run, self.freeze_steps) < 0:
+            raise ValueError(f"short_run={self.short_run} and freeze_steps={self.freeze_steps} must be 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOv2Config(DINOConfig):
+    """Settings of self-distillation on descriptors and hidden tokens."""
+
+    ibot_weight: float = 1.0
+    """Of the hidden tokens' loss, 0 or more; the descriptors' is 1."""
+    mask_ratio: tuple[float, float] = (0.3, 0.6)
+    """Smallest and largest share of the tokens hidden in one of the two global views, in (0, 1)."""
+    mask_block: int = 1
+    """Edge of a hidden block in tokens, 1 or more; blocks at the far border are clipped."""
+    ibot_centring: Centring = "softmax"
+    """As `centring`, for tokens; balance needs a fourth as many hidden tokens as prototypes."""
+    ibot_queue: int = 0
+    """Hidden tokens of earlier steps that take part in the balance, 0 or more; bounded by the cases."""
+    koleo_weight: float = 0.1
+    """Of the spread of descriptors, 0 or more."""
+    koleo_queue: int = 512
+    """Descriptors of earlier steps that repel, 0 or more; never more than there are cases outside a batch."""
+    gram_weight: float = 0.0
+    """Of the tokens' similarities, 0 or more; above 0 takes memory for one more encoder."""
+    gram_start: float = 0.5
+    """Share of the run after which the teacher becomes the anchor, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("ibot_weight", "koleo_weight", "gram_weight", "ibot_queue", "koleo_queue"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
+        low, high = self.mask_ratio
+        if not 0 < low <= high < 1:
+            raise ValueError(f"mask_ratio={(low, high)} must be two numbers in (0, 1), the smaller one first.")
+        if self.mask_block < 1:
+            raise ValueError(f"mask_block={self.mask_block} must be 1 or more.")
+        if not 0 <= self.gram_start <= 1:
+            raise ValueError(f"gram_start={self.gram_start} must lie in [0, 1].")
+
+
+class DINO(PretextTask):
+    """A student's descriptors against a teacher's; see the module."""
+
+    Config = DINOConfig
+    info = TaskInfo(
+        idea="predict from other crops what a slow copy of the network makes of large ones",
+        paper="arXiv:2104.14294",
+        encoders={"cnn", "vit"},
+    )
+    config: DINOConfig
+
+    def __init__(self, config: DINOConfig, configuration: Configuration, num_cases: int) -> None:
+        """Builds student, teacher and head.
+
+        Raises:
+            ValueError: Where views do not fit the network, or balanced targets would be flat.
+        """
+        super().__init__(config, configuration, num_cases)
+        self.encoder = build_encoder(configuration)
+        self.parent_scale = config.crops.parent_scale
+        self.sizes = view_sizes(config.crops, configuration.patch_size, self.encoder.strides[-1])
+        self.level = token_level(self.encoder.strides, self.sizes[0])
+        self.num_prototypes = config.prototypes or prototypes_for(num_cases)
+        self.volumes = configuration.batch_size * num_ranks()
+        if config.centring == "sinkhorn":
+            check_balance("centring", NUM_GLOBALS * self.volumes, self.num_prototypes, DESCRIPTORS_PER_PROTOTYPE)
+        self.head = PrototypeHead(self.encoder.channels[-1], self.num_prototypes)
+        self.targets = Targets(self.num_prototypes, config.teacher_temperature[0], BALANCE[config.centring])
+        self.teacher = Teacher(encoder=self.encoder, head=self.head)
+
+    def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
+        """Two global and several local crops of each sample; only in training they are moved and recoloured.
+
+        Returns:
+            `global0`, `global1` (B, C, *global size); `local0`, ... (B, C, *local size); `case` (B,), a number for
+            each case.
+        """
+        measured = MEASURED in self.configuration.normalization_schemes
+        crops = multi_crop(batch, random, self.config.crops, self.sizes, augment=train, measured=measured)
+        kinds = zip(("global", "local"), crops, strict=True)
+        named = {f"{kind}{number}": view.data for kind, of_kind in kinds for number, view in enumerate(of_kind)}
+        return {**named, "case": case_keys(batch.cases, batch.data.device)}
+
+    def forward(self, views: Views) -> StepOutput:
+        """The cross-entropy of descriptors and what a subclass adds; and how often a crop is known for its case."""
+        size, temperature = len(views["case"]), self.config.student_temperature
+        with torch.no_grad():
+            theirs = self.teacher.encoder(_joined(views, "target" if "target0" in views else "global"))
+            scores = self.teacher.head(descriptor(theirs))
+            targets = self.targets(scores).unflatten(0, (-1, size))
+        ours = self.encoder(_joined(views, "global"))
+        pooled = [descriptor(ours)]
+        if self.config.crops.num_locals:
+            pooled.append(descriptor(self.encoder(_joined(views, "local"))))
+        descriptors = torch.cat(pooled).unflatten(0, (-1, size))
+        embedded = self.head.embed(descriptors)
+        logits = self.targets.close(self.head.scores(embedded))
+        losses, metrics = self._more(views, ours, theirs, descriptors)
+        losses["dino"] = (1.0, dino_loss(logits, targets, temperature))
+        if self.training:
+            self.targets.centre.collect(scores)
+            self.head.observe(descriptors)
+        known, chance = known_case(logits, targets, views["case"], temperature)
+        return StepOutput(
+            loss=torch.stack([weight * loss for weight, loss in losses.values()]).sum(),
+            metrics=metrics
+            | {f"{name}_loss": loss.detach() for name, (_, loss) in losses.items()}
+            | {
+                "known_case": known,
+                "known_case_chance": chance,
+                "teacher_temperature": self.targets.temperature.clone(),
+            },
+            embeddings=Embeddings(
+                first=embedded[0].detach(),
+                second=embedded[1].detach(),
+                targets=targets[0],
+                token_spread=self._spread(ours, size),
+            ),
+        )
+
+    def _more(
+        self, views: Views, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], descriptors: torch.Tensor
+    ) -> tuple[Weighted, dict[str, torch.Tensor]]:
+        """Further losses, and metrics.
+
+        Args:
+            views: Of the step.
+            ours: The student's feature maps of both global views, (2 B, C, *size) each.
+            theirs: The teacher's.
+            descriptors: The student's, (views, B, D), of global views first.
+        """
+        return {}, {}
+
+    def _spread(self, maps: Sequence[torch.Tensor], size: int) -> torch.Tensor:
+        tokens = flat_tokens(maps[self.level][:size].detach())
+        return token_spread(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool))
+
+    def after_step(self, step: int, total: int) -> None:
+        """Moves teacher and centres once, and sets the next step's temperature and whether prototypes move."""
+        config = self.config
+        momentum = ema_momentum(step, total, *(config.short_ema if total < config.short_run else config.ema))
+        centre_momentum = min(config.centre_momentum, momentum)
+        start, end = config.teacher_temperature
+        temperature = start + (end - start) * min(1.0, (step + 1) / max(config.temperature_ramp * total, 1))
+        moving = step + 1 >= min(config.freeze_steps, int(STEP_SHARE * total))
+        for module in self.children():
+            if isinstance(module, Targets):
+                module.update(centre_momentum, temperature)
+            elif isinstance(module, PrototypeHead):
+                module.moving.fill_(float(moving))
+                module.moments.update(centre_momentum)
+        self.teacher.follow(momentum, **{name: self.get_submodule(name) for name, _ in self.teacher.named_children()})
+
+    def respond(self, response: Response) -> str:
+        """Turns temperatures, centres and prototypes; see `PretextTask`."""
+        if response not in ("sharpen", "soften"):
+            return ""
+        targets = (module for module in self.children() if isinstance(module, Targets))
+        changes = [each.sharpen() if response == "sharpen" else each.soften() for each in targets]
+        return changes[0]
+
+    def sham(self, views: Views, random: SampleRandom) -> Views:
+        """The teacher looks at another case; see `PretextTask.sham`."""
+        others = {f"target{number}": of_another_case(views[f"global{number}"]) for number in range(NUM_GLOBALS)}
+        return {**views, **others}
+
+    def lr_scale(self, name: str) -> float:
+        """Layer-wise decay, and a slow patch embedding on a transformer; see `PretextTask`."""
+        if not name.startswith("encoder."):
+            return 1.0
+        stages = [int(found[1]) for found in map(_STAGE.match, dict(self.named_parameters())) if found]
+        num_stages, found = max(stages) + 1, _STAGE.match(name)
+        depth = int(found[1]) + 1 if found else num_stages * name.startswith("encoder.eva.norm.")
+        stem = self.config.stem_lr if name.startswith("encoder.down_projection.") else 1.0
+        return stem * self.config.layer_decay ** (num_stages + 1 - depth)
+
+    @property
+    def exported_encoder(self) -> Encoder:
+        """The teacher's encoder, or the student's where the settings say so."""
+        return self.teacher.encoder if self.config.export == "teacher" else self.encoder
+
+    def export_network(self) -> nn.Module:
+        """The exported encoder with a fresh decoder; see `PretextTask`."""
+        return export_network(self.configuration, self.exported_encoder)
+
+
+class DINOv2(DINO):
+    """Descriptors, hidden tokens, and the spread of both; see the module."""
+
+    Config = DINOv2Config
+    info = TaskInfo(
+        idea="predict what a slow copy of the network makes of whole crops: from other crops, and at hidden tokens",
+        paper="arXiv:2304.07193",
+        encoders={"cnn", "vit"},
+    )
+    config: DINOv2Config
+    koleo_factor: torch.Tensor
+    """Multiplies KoLeo's weight."""
+    anchored: torch.Tensor
+    """1 once there is an anchor, else 0."""
+
+    def __init__(self, config: DINOv2Config, configuration: Configuration, num_cases: int) -> None:
+        """Builds the tokens' head, the queues, and the anchor where it has weight.
+
+        Raises:
+            ValueError: Where views do not fit the network, or balanced targets would be flat.
+        """
+        super().__init__(config, configuration, num_cases)
+        self.stride = self.encoder.strides[self.level]
+        self.grid = tuple(edge // step for edge, step in zip(self.sizes[0], self.stride, strict=True))
+        others = num_cases - self.volumes
+        size = min(config.koleo_queue, others) if config.koleo_weight else 0
+        self.queue = FeatureQueue(size, self.encoder.channels[-1])
+        self.register_buffer("koleo_factor", torch.tensor(1.0))
+        self.register_buffer("anchored", torch.tensor(0.0))
+        if config.ibot_weight:
+            self._build_tokens(config, others)
+        if config.gram_weight:
+            self.anchor = Teacher(encoder=self.encoder)
+
+    def _build_tokens(self, config: DINOv2Config, others: int) -> None:
+        width, block = self.encoder.channels[self.level], config.mask_block ** len(self.grid)
+        num_tokens = prod(self.grid)
+        self.most_hidden = min(num_tokens, ceil(config.mask_ratio[1] * num_tokens) + block)
+        self.token_head = PrototypeHead(width, self.num_prototypes)
+        self.token_targets = Targets(self.num_prototypes, config.teacher_temperature[0], BALANCE[config.ibot_centring])
+        self.teacher.add(token_head=self.token_head)
+        size = 0
+        if config.ibot_centring == "sinkhorn":
+            size = max(0, min(config.ibot_queue, others * self.most_hidden))
+            hidden = int(sum(config.mask_ratio) / 2 * num_tokens) * self.volumes
+            check_balance("ibot_centring", hidden + size, self.num_prototypes, TOKENS_PER_PROTOTYPE)
+        self.token_queue = FeatureQueue(size, self.token_head.bottleneck_width)
+        self.fill_in = HiddenTokens(self.encoder, self.level)
+
+    def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
+        """The crops of `DINO.views`, and which tokens of which global one are hidden.
+
+        Returns:
+            Besides: `masked_view` (B,), 0 or 1; `hidden` (B, 1, *tokens of a global view), bool.
+        """
+        views = super().views(batch, random, train)
+        draws, device = random.child("mask"), batch.data.device
+        ratio = torch.from_numpy(draws.uniform("ratio", *self.config.mask_ratio, (1,))).to(device)
+        block = min(self.config.mask_block, min(self.grid))
+        views["hidden"] = block_mask(draws, self.grid, block, ratio, device=device)
+        views["masked_view"] = torch.from_numpy(draws.integers("view", 0, NUM_GLOBALS)).to(device)
+        return views
+
+    def _more(
+        self, views: Views, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], descriptors: torch.Tensor
+    ) -> tuple[Weighted, dict[str, torch.Tensor]]:
+        losses: Weighted = {}
+        metrics: dict[str, torch.Tensor] = {}
+        if self.config.ibot_weight:
+            losses["ibot"] = (self.config.ibot_weight, self._ibot(views, theirs[self.level]))
+            metrics["hidden_share"] = views["hidden"].float().mean()
+        if self.config.koleo_weight:
+            losses["koleo"] = (self.config.koleo_weight * self.koleo_factor, self._koleo(descriptors, views["case"]))
+        if self.config.gram_weight:
+            with torch.no_grad():
+                anchor = flat_tokens(self.anchor.encoder(_joined(views, "global"))[self.level])
+            gram = gram_loss(flat_tokens(ours[self.level]), anchor)
+            losses["gram"] = (self.config.gram_weight * self.anchored, gram)
+        return losses, metrics
+
+    def _ibot(self, views: Views, theirs: torch.Tensor) -> torch.Tensor:
+        """The loss at hidden tokens, of one global view of each sample.
+
+        Args:
+            views: Of the step.
+            theirs: The teacher's map of both global views, (2 B, D, *tokens).
+        """
+        hidden, row = views["hidden"], torch.arange(len(views["case"]), device=theirs.device)
+        counted, place = hidden.flatten(1).int().sort(stable=True, dim=1, descending=True)
+        counted, place = counted[:, : self.most_hidden].bool(), place[:, : self.most_hidden, None]
+        chosen = flat_tokens(theirs.unflatten(0, (NUM_GLOBALS, -1))[views["masked_view"], row])
+        image = torch.stack([views["global0"], views["global1"]])[views["masked_view"], row]
+        student = flat_tokens(self.fill_in(self.encoder, image, hidden))
+        with torch.no_grad():
+            embedded = self.teacher.token_head.embed(chosen.take_along_dim(place, 1))
+            scores = self.teacher.token_head.scores(embedded)
+            targets = self.token_targets(scores, counted, self._earlier_tokens())
+        student = student.take_along_dim(place, 1)
+        logits = self.token_targets.close(self.token_head(student))
+        if self.training:
+            self.token_targets.centre.collect(scores, counted)
+            self.token_head.observe(student, counted)
+            keys = torch.where(counted, views["case"][:, None], EMPTY)
+            self.token_queue.push(all_rows(embedded.flatten(0, 1)), all_rows(keys.flatten()))
+        return ibot_loss(logits, targets, counted, self.config.student_temperature)
+
+    def _earlier_tokens(self) -> torch.Tensor | None:
+        """Scores of the queue's tokens that this rank brings into the balance."""
+        if not len(self.token_queue.keys):
+            return None
+        mine = slice(rank(), None, num_ranks())
+        rows, filled = self.token_queue.rows[mine], self.token_queue.keys[mine] != EMPTY
+        return self.teacher.token_head.scores(rows[filled])
+
+    def _koleo(self, descriptors: torch.Tensor, case: torch.Tensor) -> torch.Tensor:
+        """The spread of each global view's descriptors from those of other cases, here, on other ranks, and before."""
+        around = torch.cat([all_rows(case), self.queue.keys])
+        excluded = (case[:, None] == around) | (around == EMPTY)
+        losses = [
+            koleo(view, torch.cat([all_rows(view), self.queue.rows]), excluded) for view in descriptors[:NUM_GLOBALS]
+        ]
+        if self.training:
+            self.queue.push(all_rows(descriptors[0]), all_rows(case))
+        return torch.stack(losses).mean()
+
+    def after_step(self, step: int, total: int) -> None:
+        """As `DINO.after_step`; and the teacher becomes the anchor once its time has come."""
+        super().after_step(step, total)
+        if self.config.gram_weight and step + 1 == max(1, round(self.config.gram_start * total)):
+            self._cast_anchor()
+
+    def _cast_anchor(self) -> None:
+        self.anchor.follow(0, encoder=self.teacher.encoder)
+        self.anchored.fill_(1)
+
+    def respond(self, response: Response) -> str:
+        """Turns the knobs of `DINO`, KoLeo's weight and the anchor; see `PretextTask`."""
+        if response == "spread" and self.config.koleo_weight and self.koleo_factor < MAX_KOLEO:
+            self.koleo_factor *= 2
+            return f"KoLeo's weight {float(self.koleo_factor):g} times what it was at the start"
+        if response == "anchor" and self.config.gram_weight:
+            self._cast_anchor()
+            return "tokens anchored to the teacher as it is now"
+        return super().respond(response)
+
+
+def descriptor(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One vector an image: the mean of the deepest map (B, C, *size) over its positions, (B, C), float32."""
+    return maps[-1].float().flatten(2).mean(2)
+
+
+def flat_tokens(features: torch.Tensor) -> torch.Tensor:
+    """A feature map (B, D, *size) as tokens (B, N, D), the last axis fastest."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def _joined(views: Views, kind: str) -> torch.Tensor:
+    """All views of a kind one after the other, (views * B, C, *size)."""
+    return torch.cat([view for name, view in views.items() if name.startswith(kind)])
+
+
+RECIPE_OPTIM = OptimConfig(name="adamw", lr=2e-4, weight_decay=0.04, betas=(0.9, 0.99), clip=1.0, decay_vectors=False)
+"""For small networks; 5e-5 to 1e-4 is a peak for 100 to 300 million parameters."""
+RECIPE_SCHEDULE = ScheduleConfig(name="cosine", warmup_steps=1500)
+
+
+@TRAINERS.register
+class DINOTrainer(PretrainTrainer):
+    """Self-distillation on one descriptor per crop, with a recipe for small batches of volumes.
+
+    Eight batches make up an update, so 125 epochs of updates see as many volumes as 1000 of other methods.
+    """
+
+    task = DINO
+    cost = StepCost(views=2.5, copies=2, decoder=False)
+    optim = RECIPE_OPTIM
+    schedule = RECIPE_SCHEDULE
+    accumulate = 8
+    num_epochs = 125
+
+
+@TRAINERS.register
+class DINOv2Trainer(PretrainTrainer):
+    """Self-distillation on descriptors and hidden tokens, with a recipe for small batches of volumes.
+
+    Eight batches make up an update, so 125 epochs of updates see as many volumes as 1000 of other methods.
+    """
+
+    task = DINOv2
+    cost = StepCost(views=3.5, copies=2, decoder=False)
+    optim = RECIPE_OPTIM
+    schedule = RECIPE_SCHEDULE
+    accumulate = 8
+    num_epochs = 125

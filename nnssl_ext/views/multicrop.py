@@ -1,0 +1,120 @@
+"""Several crops of different sizes from one place, each resized to its own fixed size (Caron et al. 2020, SwAV).
+
+All views of a sample are cut from one parent crop, inside its real voxels, and each knows where it was taken. Their
+shapes follow the patch, so anisotropic patches give anisotropic crops, and anatomy is magnified but never distorted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.views.crops import UNMOVED, random_crop
+from nnssl_ext.views.intensity import IntensityConfig, intensity_view
+from nnssl_ext.views.spatial import SpatialConfig
+from nnssl_ext.views.transform import SpatialView
+
+NUM_GLOBALS = 2
+MEASURED = "CTNormalization"
+"""The normalisation of images whose numbers are physical."""
+MIN_POSITIONS = 2
+"""Positions per axis that the deepest feature map has at least: of a single one, instance normalisation leaves 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiCropConfig:
+    """Which views are taken of a sample."""
+
+    parent_scale: float = 4 / 3
+    """Edge of the crop that all views are cut from, as a multiple of the patch's, 1 or more. At 4/3 the global views
+    lie about the scale that the network is fine-tuned at."""
+    num_locals: int = 4
+    """Local views beside the two global ones, 0 or more."""
+    global_scale: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest edge of a global view as a share of the parent crop's."""
+    local_scale: tuple[float, float] = (0.25, 0.5)
+    """The same of a local view."""
+    global_size: tuple[int, ...] | None = None
+    """Voxels of a global view per axis; none: the patch."""
+    local_size: tuple[int, ...] | None = None
+    """Voxels of a local view per axis; none: half of a global one, in whole strides of the network, two at least."""
+    spatial: SpatialConfig = field(default_factory=SpatialConfig)
+    """How each view is flipped, rotated and scaled in training."""
+    intensity: IntensityConfig = field(default_factory=lambda: IntensityConfig(low_resolution=0.1, inverted_gamma=0.0))
+    """How each view's intensities change in training; mild. Where values are measured (CT), brightness, contrast and
+    gamma stay as they are."""
+
+    def __post_init__(self) -> None:
+        if self.parent_scale < 1:
+            raise ValueError(f"parent_scale={self.parent_scale} must be 1 or more.")
+        if self.num_locals < 0:
+            raise ValueError(f"num_locals={self.num_locals} must be 0 or more.")
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name}={(low, high)} must be two numbers in (0, 1], the smaller one first.")
+
+
+def view_sizes(
+    config: MultiCropConfig, patch_size: Sequence[int], stride: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Voxels of global and of local views.
+
+    Args:
+        config: What is asked for.
+        patch_size: The plan's.
+        stride: Voxels per position of the deepest feature map, per axis.
+
+    Raises:
+        ValueError: Where a size has another number of axes than the patch, or is not whole strides, two at least.
+    """
+    large = config.global_size or tuple(patch_size)
+    small = config.local_size or tuple(
+        min(edge, step * max(MIN_POSITIONS, -(-edge // (2 * step)))) for edge, step in zip(large, stride, strict=False)
+    )
+    for name, size in (("global_size", large), ("local_size", small)):
+        whole = len(size) == len(stride) and not any(edge % step for edge, step in zip(size, stride, strict=True))
+        if not whole or all(edge < MIN_POSITIONS * step for edge, step in zip(size, stride, strict=True)):
+            raise ValueError(
+                f"{name}={size} must be a multiple of the network's strides {tuple(stride)} along each axis, and twice "
+                f"them along one. Set it by --set crops.{name}=[...], or plan another patch than {tuple(patch_size)}"
+            )
+    return large, small
+
+
+def multi_crop(
+    batch: Batch,
+    random: SampleRandom,
+    config: MultiCropConfig,
+    sizes: tuple[Sequence[int], Sequence[int]],
+    *,
+    augment: bool,
+    measured: bool = False,
+) -> tuple[list[SpatialView], list[SpatialView]]:
+    """Cuts the views of a batch.
+
+    Args:
+        batch: Parent crops.
+        random: Keyed by sample.
+        config: How many views, of what size, and how they change.
+        sizes: Voxels of global and of local views.
+        augment: Whether views are moved and their intensities changed; size and place are random in any case.
+        measured: Whether intensities are physical.
+
+    Returns:
+        The global views and the local ones. All their voxels are valid wherever the volume holds a view at all.
+    """
+    spatial = config.spatial if augment else UNMOVED
+    intensity = replace(config.intensity, brightness=0, contrast=0, gamma=0) if measured else config.intensity
+
+    def cut(name: str, scale: tuple[float, float], size: Sequence[int]) -> SpatialView:
+        draws = random.child(name)
+        view = random_crop(batch.data, batch.valid, batch.spacing, draws, scale, size, spatial)
+        if not augment:
+            return view
+        return replace(view, data=intensity_view(view.data, view.valid, draws.child("intensity"), intensity))
+
+    large = [cut(f"global{number}", config.global_scale, sizes[0]) for number in range(NUM_GLOBALS)]
+    return large, [cut(f"local{number}", config.local_scale, sizes[1]) for number in range(config.num_locals)]
