@@ -26,16 +26,16 @@ from nnssl_ext.engine.schedules import ScheduleConfig
 from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.needs import DataNeeds
-from nnssl_ext.losses.mae import masked_mse
+from nnssl_ext.losses.mae import guess_error, masked_mse
 from nnssl_ext.models.backbone import export_network
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
 from nnssl_ext.views.intensity import IntensityConfig, intensity_view
-from nnssl_ext.views.moments import token_moments
 from nnssl_ext.views.overlap import shown_by
-from nnssl_ext.views.sham import of_another_case
+from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig
+from nnssl_ext.views.targets import TargetConfig, restoration_target
 from nnssl_ext.views.tokens import check_ratio, hidden_voxels, keep_tokens
 from nnssl_ext.views.transform import SpatialView, apply_transform
 
@@ -64,6 +64,8 @@ class CroCoConfig:
     """How each view is moved and deformed in training. A flip would show mirrored anatomy beside the true one."""
     intensity: IntensityConfig = field(default_factory=IntensityConfig)
     """How the intensities of each view change in training."""
+    target: TargetConfig = field(default_factory=lambda: TargetConfig(normalize=True))
+    """What is asked for of the hidden voxels. Weinzaepfel et al. 2022 normalise every token."""
     decoder_depth: int = 8
     """Blocks of the decoder, 1 or more. Weinzaepfel et al. 2022."""
     decoder_heads: float = 0.5
@@ -132,7 +134,7 @@ class CroCo(PretextTask):
 
         Returns:
             `first` and `second` (B, C, *patch); `kept` (B, n) and `second_kept` (B, tokens), the tokens seen of each,
-            -1 at the end where there are fewer; `target` (B, C, *patch), the first view normalised per token; `valid`
+            -1 at the end where there are fewer; `target` (B, C, *patch), of the first view; `valid` and `asked`
             (B, 1, *patch), of the first view; `shown` (B, 1, *patch), its voxels that the second shows as well.
         """
         random = replace(random, samples=random.samples[:: self.needs.images])
@@ -143,14 +145,13 @@ class CroCo(PretextTask):
                 for name, view in (("first", first), ("second", second))
             )
         token_size, mask = self.encoder.token_size, random.child("mask")
-        mean, std = token_moments(first.data, first.valid, token_size)
         return {
             "first": first.data,
             "second": second.data,
             "kept": keep_tokens(mask, first.valid, token_size, self.config.mask_ratio),
             "second_kept": keep_tokens(mask, second.valid, token_size, 0),
-            "target": (first.data - mean) / std,
             "valid": first.valid,
+            **restoration_target(first.data, first.valid, token_size, self.config.target),
             "shown": shown_by(second.transform, first.transform),
         }
 
@@ -176,36 +177,34 @@ class CroCo(PretextTask):
         return a, b
 
     def forward(self, views: Views) -> StepOutput:
-        """The error on hidden tokens, beside that of guessing each token's mean.
+        """The error on hidden tokens, beside that of guessing a constant.
 
         Validation adds `mse_other_case`, the error where the second view is of another sample: it is higher as far as
         the decoder looks at the second view.
         """
-        first, target, valid, kept = views["first"], views["target"], views["valid"], views["kept"]
-        places = views["second_kept"]
+        first, target, asked = views["first"], views["target"], views["asked"]
+        kept, places = views["kept"], views["second_kept"]
         hidden = hidden_voxels(kept, self.encoder.token_size, first.shape[2:])
         masked = torch.where(hidden, 0, first)
         visible, context = self.encoder.tokens(masked, kept), self.encoder.tokens(views["second"], places)
         output = self.decoder(visible, kept, context, places)
-        loss, counted = masked_mse(output, target, hidden, valid), hidden & valid
+        loss, counted = masked_mse(output, target, hidden, asked), hidden & asked
         metrics = {
             "mse": loss.detach(),
-            "mse_chance": masked_mse(torch.zeros_like(target), target, hidden, valid),
+            "mse_chance": guess_error(target, hidden, asked),
             "overlap": (views["shown"] & counted).sum() / counted.sum().clamp(min=1),
         }
         if self.training:
             return StepOutput(loss=loss, metrics=metrics)
         if len(first) > 1:
             other = self.decoder(visible, kept, context.roll(1, 0), places.roll(1, 0)).detach()
-            metrics["mse_other_case"] = masked_mse(other, target, hidden, valid)
-        mean, std = token_moments(first, valid, self.encoder.token_size)
-        images = {"input": first, "masked": masked, "second": views["second"], "output": output.detach() * std + mean}
-        return StepOutput(loss=loss, metrics=metrics, images=images)
+            metrics["mse_other_case"] = masked_mse(other, target, hidden, asked)
+        images = {"input": first, "masked": masked, "second": views["second"], "output": output.detach()}
+        return StepOutput(loss=loss, metrics=metrics, images={**images, "target": target})
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The tokens to restore are those of another case; see `PretextTask.sham`."""
-        target, valid = of_another_case(views["target"]), of_another_case(views["valid"])
-        return {**views, "target": target, "valid": views["valid"] & valid}
+        return restore_another_case(views)
 
     def export_network(self) -> nn.Module:
         """The transformer as trained, with a fresh decoder; see `PretextTask`."""
