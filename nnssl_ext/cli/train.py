@@ -55,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="settings of the method; -tr NAME --describe shows them",
     )
-    add("-tag", "--tag", help="name of this variant in the results folder (default with --set: a short hash)")
+    add(
+        "-tag",
+        "--tag",
+        help="name of this variant in the results folder (default with --set or --sampling_weights: a short hash)",
+    )
     add(
         "--sham",
         action="store_true",
@@ -66,11 +70,19 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--list", action="store_true", help="show every method, one line each, and leave")
     add("--describe", action="store_true", help="show the settings of the method with defaults and meanings, and leave")
-    length = parse.add_argument_group("length and batch (short for --set)")
+    length = parse.add_argument_group("length, batch and cases (short for --set)")
     length.add_argument("-num_epochs", "--num_epochs", type=int, help="epochs of the run")
     length.add_argument("-steps_per_epoch", "--steps_per_epoch", type=int, help="optimiser steps of an epoch")
     length.add_argument(
         "-batch_size", "--batch_size", type=int, help="samples per step and device (default: the plan's)"
+    )
+    length.add_argument(
+        "--sampling_weights",
+        nargs="+",
+        default=[],
+        metavar="RULE",
+        help="how often cases are shown: uniform (default), dataset or modality for equal shares of each, or "
+        "NAME=WEIGHT ... of datasets or modalities, such as CT=2 (the others weigh 1; 0 leaves one out)",
     )
     _add_machine(parse.add_argument_group("machine"))
     return parse
@@ -204,7 +216,7 @@ def _spec(args: argparse.Namespace) -> RunSpec:
         configuration = replace(configuration, batch_size=args.batch_size)
     lengths = {name: getattr(args, name) for name in ("num_epochs", "steps_per_epoch")}
     short = [f"{name}={value}" for name, value in lengths.items() if value is not None]
-    short += ["sham=true"] * args.sham
+    short += [*sampling_setting(args.sampling_weights), *["sham=true"] * args.sham]
     trainer = TRAINERS.get(args.trainer).configured([*args.set, *short], configuration.backbone)
     return RunSpec(
         trainer=trainer,
@@ -215,6 +227,31 @@ def _spec(args: argparse.Namespace) -> RunSpec:
         settings=_settings(args),
         resume=args.resume,
     )
+
+
+def sampling_setting(weights: Sequence[str]) -> list[str]:
+    """The setting that `--sampling_weights` stands for, if it was given.
+
+    Raises:
+        ValueError: If it is neither one rule nor names with a weight each.
+    """
+    import json
+
+    if not weights:
+        return []
+    if len(weights) == 1 and "=" not in weights[0]:
+        return [f"sampling_weights={weights[0]}"]
+    pairs = [weight.rpartition("=") for weight in weights]
+    try:
+        named = {name: float(value) for name, _, value in pairs if name}
+    except ValueError:
+        named = {}
+    if len(named) < len(weights):
+        raise ValueError(
+            f"sampling_weights {' '.join(weights)} must be uniform, dataset, modality, or NAME=WEIGHT ... with every "
+            "name once."
+        )
+    return [f"sampling_weights={json.dumps(named)}"]
 
 
 def _dataset(dataset: str) -> Path:
@@ -231,9 +268,9 @@ def run_trainer_name(args: argparse.Namespace, sham: bool) -> str:
     """The trainer's name in the results folder: with a tag where settings were changed, saying where it is a sham."""
     import hashlib
 
-    tag = args.tag
-    if tag is None and args.set:
-        tag = hashlib.sha256("\n".join(sorted(args.set)).encode()).hexdigest()[:6]
+    tag, changed = args.tag, sorted([*args.set, *sampling_setting(args.sampling_weights)])
+    if tag is None and changed:
+        tag = hashlib.sha256("\n".join(changed).encode()).hexdigest()[:6]
     if tag is not None and not re.fullmatch(TAG_PATTERN, tag):
         raise ValueError(f"tag {tag!r} is not allowed: use letters, digits, '-', '.' and single '_' between them.")
     return "-".join(part for part in (args.trainer, "sham" if sham else None, tag) if part is not None)

@@ -37,6 +37,7 @@ from nnssl_ext.engine.timing import Stopwatch
 from nnssl_ext.engine.tracking import Bar, Tracker
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.cases import with_partners
+from nnssl_ext.loading.failures import FailedCases
 from nnssl_ext.loading.loader import PatchLoader
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class _Run:
             compile_task=self.settings.compile,
             channels_last=self._channels_last(),
         )
+        self.failed = FailedCases(len(self.split.train) + len(self.split.val))
         self.train, self.val = self._loader("training"), self._loader("validation")
         self.progress = self._resume()
         self.watch = Stopwatch(self.device)
@@ -220,7 +222,13 @@ class _Run:
         statistics = loader.statistics()
         degraded = statistics.num_degraded / max(statistics.num_crops, 1)
         times = self.watch.epoch(self.trainer.total_steps - self.progress.step)
-        return {**times, "degraded_crop_share": degraded, "mean_foreground": statistics.mean_foreground}
+        return {
+            **times,
+            "degraded_crop_share": degraded,
+            "mean_foreground": statistics.mean_foreground,
+            "unreadable_cases": len(self.failed.reasons),
+            "replaced_samples": statistics.num_replaced,
+        }
 
     def _save_latest(self) -> None:
         if not self.world.main:
@@ -258,6 +266,9 @@ class _Run:
             needs=needs,
             partners=cases,
             name=part,
+            failed=self.failed,
+            weights=trainer.sampling_weights if train else "uniform",
+            crops_per_case=trainer.crops_per_case if train else 1,
         )
 
     def _tracker(self) -> Tracker:

@@ -18,6 +18,7 @@ from torch import nn
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.core.records import apply_overrides
 from nnssl_ext.core.registry import Registry
+from nnssl_ext.engine.alarms import HealthConfig, Response
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
 from nnssl_ext.loading.batch import Batch
@@ -50,6 +51,8 @@ class TaskInfo:
     transformer never serves another task: its widths follow the number of classes."""
     needs: DataNeeds = field(default_factory=DataNeeds)
     """What it asks of the data; a run on data that cannot give it is refused at the start."""
+    choose: str = ""
+    """When to choose it, for the documentation: the end of a sentence that begins "Choose it", with a full stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +71,6 @@ class Embeddings:
     to 1. None where the method has no prototypes."""
     token_spread: torch.Tensor | None = None
     """How far a volume's tokens differ, (B,), as `monitors.token_spread` gives it. None without tokens."""
-
-
-Response = Literal["sharpen", "soften", "spread", "anchor"]
-"""What the monitor may ask of a task: `sharpen` flat targets (a faster centre, the teacher's first temperature, at last
-fewer prototypes); `soften` targets that are all the same (centre momentum .99, a temperature .01 higher); `spread` the
-embeddings (twice the KoLeo weight); `anchor` the tokens (Gram) to the weights as they are when it is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +223,16 @@ class PretrainTrainer:
     """Share of the patients held out for validation, in (0, 1)."""
     min_foreground: float = 0.5
     """Share of a training crop that should be foreground, in [0, 1]; degrades gracefully on small or sparse cases."""
+    sampling_weights: Literal["uniform", "dataset", "modality"] | dict[str, float] = "uniform"
+    """How often training shows a case: `uniform` all cases, `dataset` all datasets, `modality` all modalities equally
+    often, or a weight of 0 or more for each dataset or modality that is named; the others weigh 1. Within a group every
+    case is shown equally often. Validation is uniform."""
+    crops_per_case: int = 1
+    """Consecutive training samples that show one case, 1 or more. Those in one batch open its file once, which pays
+    where opening is slow (network storage, small patches); batches become less diverse, and tasks that contrast samples
+    get negatives of the same patient."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """When the monitor of collapse sounds, and what it does."""
     sham: bool = False
     """Whether the targets are destroyed, for a control run that shows what optimiser and data do without the task."""
 
@@ -243,7 +250,7 @@ class PretrainTrainer:
         dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "steps_per_epoch", "val_steps_per_epoch", "accumulate"):
+        for name in ("num_epochs", "steps_per_epoch", "val_steps_per_epoch", "accumulate", "crops_per_case"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
         if not 0 < self.val_fraction < 1:

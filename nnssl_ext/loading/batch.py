@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +13,8 @@ class Batch:
     """B crops with D spatial dimensions (2 or 3): the images of every sample in consecutive rows."""
 
     data: Tensor
-    """Voxels (B, C, *patch), float32, 0 on padding."""
+    """Voxels (B, C, *patch), float32, 0 on padding. The loader delivers them in the stored type, mostly float16: `to`
+    takes them to the device like that, which halves what is copied, and makes them float32 there."""
     valid: Tensor
     """(B, 1, *patch), bool: True on real voxels, False on padding beyond the volume."""
     cases: tuple[str, ...]
@@ -29,14 +29,6 @@ class Batch:
     """Share of each crop's real voxels that is foreground, in [0, 1], by the store's coarse grid."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device. Copies to a GPU run in the background where the source is pinned."""
-        background = torch.device(device).type != "cpu"
-        return self._map(lambda tensor: tensor.to(device, non_blocking=background))
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, which a GPU copies from in the background."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        data, valid, lower, spacing = map(function, (self.data, self.valid, self.lower, self.spacing))
-        return replace(self, data=data, valid=valid, lower=lower, spacing=spacing)
+        """The batch on a device, its voxels in float32."""
+        data, valid, lower, spacing = (part.to(device) for part in (self.data, self.valid, self.lower, self.spacing))
+        return replace(self, data=data.float(), valid=valid, lower=lower, spacing=spacing)

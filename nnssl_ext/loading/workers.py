@@ -2,7 +2,8 @@
 
 Each worker hangs on a pipe of its own. So requests go round in turn and results come back in the order they were asked
 for; a worker whose parent was killed reads the end of its pipe and leaves; and when a worker dies, the parent sees it
-at once and knows which batch it had in hand.
+at once and knows which batch it had in hand. The voxels never go through the pipe: a request names a piece of shared
+memory, which the worker decodes into and the batch looks at.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from multiprocessing.util import Finalize
 import torch
 
 from nnssl_ext.loading.batch import Batch
-from nnssl_ext.loading.patches import BatchRequest, read_batch
+from nnssl_ext.loading.buffers import Buffer, BufferPool
+from nnssl_ext.loading.patches import BatchRequest, Placed, Unreadable, as_batch, read_batch
 from nnssl_ext.preprocessing.store import SUFFIX
 
 BATCHES_AHEAD = 2
@@ -30,15 +32,65 @@ _EXIT_SECONDS = 5.0
 _PARENTS_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
+Answer = Batch | Unreadable
+
+
+class Reader:
+    """Reads batches in this process, when asked.
+
+    Args:
+        num_bytes: Memory of a batch.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._buffers = BufferPool(num_bytes, shared=False)
+
+    def read(self, requests: Iterable[BatchRequest]) -> Iterator[Answer]:
+        """Batches in the order of the requests; for one with a case that cannot be read, which and why."""
+        for request in requests:
+            buffer = self._buffers.take()
+            placed = read_batch(request, buffer.memory.numpy())
+            yield _answer(request, placed, buffer, self._buffers)
+
+    def close(self) -> None:
+        """There is nothing to stop."""
+
+
+def _answer(request: BatchRequest, placed: Placed | Unreadable, buffer: Buffer, buffers: BufferPool) -> Answer:
+    if isinstance(placed, Unreadable):
+        buffers.give_back(buffer)
+        return placed
+    return as_batch(request, placed, buffers.lease(buffer))
+
+
 @dataclass(frozen=True)
-class _Failure:
-    message: str
+class _Order:
+    """What is sent to a worker."""
+
+    request: BatchRequest
+    buffer: int
+    """Number of the buffer to read into."""
+    memory: torch.Tensor | None
+    """The buffer's memory, the first time that the worker is given it."""
 
 
 @dataclass(frozen=True)
 class _Worker:
     process: BaseProcess
     connection: Connection
+    buffers: BufferPool
+    """Memory that is shared with this worker alone."""
+    known: set[int]
+    """Numbers of the buffers that were sent."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A request that a worker has in hand."""
+
+    worker: _Worker
+    request: BatchRequest
+    buffer: Buffer
 
 
 def _serve(connection: Connection) -> None:
@@ -50,19 +102,15 @@ def _serve(connection: Connection) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)
+    buffers: dict[int, torch.Tensor] = {}
     while True:
         try:
-            request = connection.recv()
-            connection.send(_answer(request))
-        except (EOFError, ConnectionError):
+            order: _Order = connection.recv()
+            if order.memory is not None:
+                buffers[order.buffer] = order.memory
+            connection.send(read_batch(order.request, buffers[order.buffer].numpy()))
+        except (EOFError, ConnectionError, FileNotFoundError):  # the last: the parent's sockets went with it
             return
-
-
-def _answer(request: BatchRequest) -> Batch | _Failure:
-    try:
-        return read_batch(request)
-    except (ValueError, OSError) as error:
-        return _Failure(str(error))
 
 
 class WorkerPool:
@@ -73,30 +121,33 @@ class WorkerPool:
 
     Args:
         num_workers: Number of processes, 1 or more.
+        num_bytes: Memory of a batch.
     """
 
-    def __init__(self, num_workers: int) -> None:
-        self.num_workers = num_workers
+    def __init__(self, num_workers: int, num_bytes: int) -> None:
+        self.num_workers, self.num_bytes = num_workers, num_bytes
         self._workers: list[_Worker] = []
         self._shut: Finalize | None = None
 
-    def read(self, requests: Iterable[BatchRequest]) -> Iterator[Batch]:
+    def read(self, requests: Iterable[BatchRequest]) -> Iterator[Answer]:
         """Batches in the order of the requests; `BATCHES_AHEAD` a worker are read ahead.
 
+        Yields:
+            Batches; for one with a case that cannot be read, which and why.
+
         Raises:
-            ValueError: If a file cannot be read; the message names it.
             RuntimeError: If a worker died; the message names the files it was reading.
         """
         self._start()
         coming, turns = iter(requests), cycle(self._workers)
-        pending: deque[tuple[_Worker, BatchRequest]] = deque()
+        pending: deque[_Pending] = deque()
         try:
             _ask(islice(coming, BATCHES_AHEAD * self.num_workers), turns, pending)
             while pending:
-                batch = _receive(*pending[0])
+                answer = _receive(pending[0])
                 pending.popleft()
                 _ask(islice(coming, 1), turns, pending)
-                yield batch
+                yield answer
         finally:
             if pending:  # left early, or an error: what is still on its way must not answer the next request
                 self.close()
@@ -110,7 +161,7 @@ class WorkerPool:
             process = context.Process(target=_serve, args=(theirs,), daemon=True, name="nnssl-loader")
             process.start()
             theirs.close()
-            self._workers.append(_Worker(process, ours))
+            self._workers.append(_Worker(process, ours, BufferPool(self.num_bytes, shared=True), set()))
         self._shut = Finalize(self, _stop, args=(self._workers,), exitpriority=0)
 
     def close(self) -> None:
@@ -139,32 +190,31 @@ def _stop(workers: list[_Worker]) -> None:
     workers.clear()
 
 
-def _ask(
-    requests: Iterable[BatchRequest], turns: Iterator[_Worker], pending: deque[tuple[_Worker, BatchRequest]]
-) -> None:
+def _ask(requests: Iterable[BatchRequest], turns: Iterator[_Worker], pending: deque[_Pending]) -> None:
     for request in requests:
         worker = next(turns)
-        pending.append((worker, request))
+        buffer = worker.buffers.take()
+        pending.append(_Pending(worker, request, buffer))
+        new = buffer.number not in worker.known
+        worker.known.add(buffer.number)
         try:
-            worker.connection.send(request)
+            worker.connection.send(_Order(request, buffer.number, buffer.memory if new else None))
         except ConnectionError as error:
-            raise _death(worker, request) from error
+            raise _death(pending[-1]) from error
 
 
-def _receive(worker: _Worker, request: BatchRequest) -> Batch:
+def _receive(pending: _Pending) -> Answer:
     try:
-        answer = worker.connection.recv()
-    except (EOFError, ConnectionError, FileNotFoundError) as error:  # the last: its sockets went with it
-        raise _death(worker, request) from error
-    if isinstance(answer, _Failure):
-        raise ValueError(answer.message)
-    assert answer.samples == request.samples, "a pipe is read by one caller at a time"
-    return answer
+        placed = pending.worker.connection.recv()
+    except (EOFError, ConnectionError) as error:
+        raise _death(pending) from error
+    return _answer(pending.request, placed, pending.buffer, pending.worker.buffers)
 
 
-def _death(worker: _Worker, request: BatchRequest) -> RuntimeError:
-    worker.process.join(_EXIT_SECONDS)
-    status = worker.process.exitcode
+def _death(pending: _Pending) -> RuntimeError:
+    process, request = pending.worker.process, pending.request
+    process.join(_EXIT_SECONDS)
+    status = process.exitcode
     how = f"was killed by signal {-status}" if status is not None and status < 0 else f"left with exit status {status}"
     files = ", ".join(str(request.store.folder / f"{case}{SUFFIX}") for case in request.cases)
     return RuntimeError(

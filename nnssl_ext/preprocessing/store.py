@@ -46,6 +46,7 @@ def write_case(
     session: str = "",
     grid: str = "",
     origin: Sequence[float] = (0.0, 0.0, 0.0),
+    altered: npt.NDArray[np.bool_] | None = None,
     dtype: StorageType = "float16",
 ) -> IndexEntry:
     """Writes one case: to a temporary name, synced, then renamed.
@@ -65,6 +66,7 @@ def write_case(
         session: Visit of the subject.
         grid: Code of the raw image's voxel grid.
         origin: Where the stored volume begins within the raw image, in mm, (Z, Y, X).
+        altered: (Z, Y, X), what was altered to make the subject unrecognisable; None: nothing.
         dtype: Type on disk.
 
     Raises:
@@ -76,7 +78,8 @@ def write_case(
         raise ValueError(f"{case_id}: foreground of shape {foreground.shape} does not fit data of shape {data.shape}")
     array, clamped = to_storage(data, dtype)
     occupancy, cell = occupancy_grid(foreground)
-    frame = _encode(array, {**properties, "num_clamped_voxels": clamped}, occupancy, cell)
+    hidden = None if altered is None or not altered.any() else altered
+    frame = _encode(array, {**properties, "num_clamped_voxels": clamped}, occupancy, cell, hidden)
     path = _case_path(folder, case_id)
     with full_disk_named(path), atomic_path(path) as temporary:
         temporary.write_bytes(frame)
@@ -95,6 +98,7 @@ def write_case(
         session=session,
         grid=grid,
         origin=tuple(float(edge) for edge in origin),
+        altered_fraction=0.0 if hidden is None else float(hidden.mean()),
     )
 
 
@@ -107,15 +111,24 @@ def _case_path(folder: Path, case_id: str) -> Path:
 
 
 def _encode(
-    array: npt.NDArray[Any], properties: Mapping[str, Any], grid: npt.NDArray[np.bool_], cell: tuple[int, int, int]
+    array: npt.NDArray[Any],
+    properties: Mapping[str, Any],
+    grid: npt.NDArray[np.bool_],
+    cell: tuple[int, int, int],
+    altered: npt.NDArray[np.bool_] | None,
 ) -> bytes:
-    _single_threaded()
-    block = block_shape(array.shape[1:])
-    chunk = chunk_shape(array.shape[1:])
-    stored = blosc2.asarray(array, chunks=(1, *chunk), blocks=(1, *block), cparams=COMPRESSION)
+    stored = _compress(array)
     stored.schunk.vlmeta["properties"] = json.dumps(properties, allow_nan=False)
     stored.schunk.vlmeta["occupancy"] = [list(cell), list(grid.shape), np.packbits(grid).tobytes()]
+    if altered is not None:  # a file in the file, so that a crop decodes a part of it; some kB
+        stored.schunk.vlmeta["altered"] = _compress(altered[None].view(np.uint8)).to_cframe()
     return stored.to_cframe()
+
+
+def _compress(array: npt.NDArray[Any]) -> Any:
+    _single_threaded()
+    block, chunk = block_shape(array.shape[1:]), chunk_shape(array.shape[1:])
+    return blosc2.asarray(array, chunks=(1, *chunk), blocks=(1, *block), cparams=COMPRESSION)
 
 
 class Store:
@@ -140,7 +153,12 @@ class Store:
         """
         return cls(Path(folder), read_index(Path(folder)).entries)
 
-    def _array(self, case_id: str) -> Any:
+    def open_case(self, case_id: str) -> Any:
+        """Opens a case's file, for several calls of `read_crop` and `occupancy`.
+
+        Raises:
+            CorruptCaseError: If the file is missing, cut short, or not a stored case.
+        """
         entry = self.entries[case_id]
         path = _case_path(self.folder, case_id)
         if not path.is_file() or path.stat().st_size != entry.num_bytes:
@@ -149,7 +167,12 @@ class Store:
         return _open(path)
 
     def read_crop(
-        self, case_id: str, lower: Sequence[int], upper: Sequence[int], out: npt.NDArray[Any] | None = None
+        self,
+        case_id: str,
+        lower: Sequence[int],
+        upper: Sequence[int],
+        out: npt.NDArray[Any] | None = None,
+        opened: Any = None,
     ) -> npt.NDArray[Any]:
         """Decodes the blocks that a box touches, and no others.
 
@@ -158,6 +181,7 @@ class Store:
             lower: First voxel (z, y, x) of the box, inside the volume.
             upper: One beyond its last voxel (z, y, x), inside the volume.
             out: A C-contiguous array (C, *box) of the stored type to decode into.
+            opened: What `open_case` gave; without it the file is opened.
 
         Returns:
             All channels of the box (C, *box), of the stored type.
@@ -172,7 +196,7 @@ class Store:
             raise ValueError(
                 f"{case_id}: box {tuple(lower)} to {tuple(upper)} is empty or leaves the volume {shape[1:]}"
             )
-        array = self._array(case_id)
+        array = self.open_case(case_id) if opened is None else opened
         start, stop = [0, *map(int, lower)], [shape[0], *map(int, upper)]
         target = tuple(high - low for low, high in zip(start, stop, strict=True))
         if out is None:
@@ -188,16 +212,51 @@ class Store:
                 f"{_case_path(self.folder, case_id)}: cannot be decoded ({error}). {_repair(case_id)}"
             ) from error
 
-    def occupancy(self, case_id: str) -> tuple[npt.NDArray[np.bool_], tuple[int, int, int]]:
-        """A coarse grid (Z, Y, X) of where the foreground is, and its cells' edges in voxels; see `occupancy_grid`."""
-        array = self._array(case_id)
-        cell, shape, packed = array.schunk.vlmeta["occupancy"]
-        bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=int(np.prod(shape)))
-        return bits.astype(bool).reshape(shape), (cell[0], cell[1], cell[2])
+    def occupancy(self, case_id: str, opened: Any = None) -> tuple[npt.NDArray[np.bool_], tuple[int, int, int]]:
+        """A coarse grid (Z, Y, X) of where the foreground is, and its cells' edges in voxels; see `occupancy_grid`.
+
+        Raises:
+            CorruptCaseError: If the file is missing, cut short or altered.
+        """
+        array = self.open_case(case_id) if opened is None else opened
+        try:
+            cell, shape, packed = array.schunk.vlmeta["occupancy"]
+            bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=int(np.prod(shape)))
+            return bits.view(bool).reshape(shape), (cell[0], cell[1], cell[2])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            path = _case_path(self.folder, case_id)
+            raise CorruptCaseError(f"{path}: its foreground cannot be read ({error}). {_repair(case_id)}") from error
+
+    def altered(
+        self, case_id: str, lower: Sequence[int], upper: Sequence[int], opened: Any = None
+    ) -> npt.NDArray[np.bool_]:
+        """Which voxels of a box were altered to make the subject unrecognisable.
+
+        Args:
+            case_id: A case of which some were, by its entry.
+            lower: First voxel (z, y, x) of the box, inside the volume.
+            upper: One beyond its last voxel (z, y, x), inside the volume.
+            opened: What `open_case` gave; without it the file is opened.
+
+        Returns:
+            (*box).
+
+        Raises:
+            CorruptCaseError: If the file is missing, cut short or altered.
+        """
+        array = self.open_case(case_id) if opened is None else opened
+        try:
+            mask = blosc2.ndarray_from_cframe(array.schunk.vlmeta["altered"])
+            return mask[(0, *map(slice, lower, upper))].astype(bool)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            path = _case_path(self.folder, case_id)
+            raise CorruptCaseError(
+                f"{path}: its anonymisation mask cannot be read ({error}). {_repair(case_id)}"
+            ) from error
 
     def properties(self, case_id: str) -> dict[str, Any]:
         """The case's properties as nnU-Net's preprocessor names them, from its file."""
-        array = self._array(case_id)
+        array = self.open_case(case_id)
         return json.loads(array.schunk.vlmeta["properties"])
 
     def verify(self, case_id: str) -> None:
@@ -206,7 +265,7 @@ class Store:
         Raises:
             CorruptCaseError: If the file is missing, cut short or altered.
         """
-        self._array(case_id)
+        self.open_case(case_id)
         path = _case_path(self.folder, case_id)
         if file_hash(path) != self.entries[case_id].checksum:
             raise CorruptCaseError(f"{path}: its bytes were altered since it was written. {_repair(case_id)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nnssl_ext.cli.train import STOPPED, free_memory, main, parser, run_trainer_name
+from nnssl_ext.cli.train import STOPPED, free_memory, main, parser, run_trainer_name, sampling_setting
 from nnssl_ext.core.records import read_json
 from tests.engine.conftest import preprocessed  # noqa: F401 - a fixture
 
@@ -104,6 +104,24 @@ def test_repeated_set_options_add_up():
 )
 def test_the_folder_of_a_run_names_its_tag_and_a_sham(tag, sham, expected):
     assert run_trainer_name(parser().parse_args(tag), sham) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [([], []), (["modality"], ["sampling_weights=modality"]), (["T1w=2", "a=b=.5"], ['{"T1w": 2.0, "a=b": 0.5}'])],
+)
+def test_sampling_weights_are_a_setting_and_name_the_folder(given, expected):
+    args = parser().parse_args(["1", "3d_fullres", *(["--sampling_weights", *given] if given else [])])
+    assert [setting.removeprefix("sampling_weights=") for setting in sampling_setting(args.sampling_weights)] == [
+        setting.removeprefix("sampling_weights=") for setting in expected
+    ]
+    assert run_trainer_name(args, False).startswith("MAETrainer-") == bool(given)
+
+
+@pytest.mark.parametrize("given", [["CT", "T1w=1"], ["=1"], ["CT=two"], ["CT=1", "CT=2"]])
+def test_sampling_weights_that_are_no_weights_are_refused(given):
+    with pytest.raises(ValueError, match=r"must be uniform, dataset, modality, or NAME=WEIGHT"):
+        sampling_setting(given)
 
 
 class TestOnData:

@@ -39,9 +39,9 @@ def test_workers_change_nothing(make_store, num_workers: int) -> None:
     expected = list(loader(store).batches(0, 9))
     with loader(store, num_workers=num_workers) as parallel:
         same(list(parallel.batches(0, 9)), expected)
-        workers = [worker.process.pid for worker in parallel._pool._workers]
+        workers = [worker.process.pid for worker in parallel._reader._workers]
         same(list(parallel.batches(4, 9)), expected[4:])
-        assert [worker.process.pid for worker in parallel._pool._workers] == workers
+        assert [worker.process.pid for worker in parallel._reader._workers] == workers
         assert len(workers) == num_workers
         assert parallel.wait_seconds > 0
 
@@ -179,7 +179,7 @@ def test_a_worker_that_dies_is_an_error_that_names_its_files(make_store) -> None
     with loader(store, num_workers=2) as parallel:
         batches = parallel.batches(0, 100)
         next(batches)
-        parallel._pool._workers[1].process.kill()
+        parallel._reader._workers[1].process.kill()
         with pytest.raises(RuntimeError, match=r"killed by signal 9 while reading .*case_[01]\.b2nd") as caught:
             list(batches)
         assert "-num_workers" in str(caught.value)
@@ -203,7 +203,7 @@ def test_spawned_workers_read_the_same(make_store, monkeypatch: pytest.MonkeyPat
     store = make_store(SHAPES[:2])
     with loader(store, num_workers=1) as parallel:
         same(list(parallel.batches(0, 3)), list(loader(store).batches(0, 3)))
-        assert type(parallel._pool._workers[0].process).__name__ == "SpawnProcess"
+        assert type(parallel._reader._workers[0].process).__name__ == "SpawnProcess"
 
 
 ORPHAN = """
@@ -219,7 +219,7 @@ if __name__ == "__main__":
     loader = PatchLoader(Store(folder, {"a": entry}), ["a"], (8, 8, 8), 1, seed=0, num_workers=2)
     batches = loader.batches(0, 10**6)
     next(batches)
-    workers = [worker.process.pid for worker in loader._pool._workers]
+    workers = [worker.process.pid for worker in loader._reader._workers]
     if sys.argv[2] == "signals":
         for pid in workers:
             for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -27,7 +27,7 @@ def test_hippocampus_crops_are_padded_masked_and_mostly_foreground(real_data: Pa
         name = path.name.split(".")[0]
         entries[name] = write_case(tmp_path, name, scored, {}, foreground, spacing=geometry.spacing)
     loader = PatchLoader(Store(tmp_path, entries), list(entries), PATCH, 2, seed=0)
-    for step, batch in enumerate(loader.batches(0, 3)):
+    for step, batch in enumerate(each.to("cpu") for each in loader.batches(0, 3)):
         real = [np.prod(np.minimum(entries[case].shape[1:], PATCH)) for case in batch.cases]
         assert batch.valid.flatten(1).sum(1).tolist() == real
         random = SampleRandom(0, step, batch.samples)

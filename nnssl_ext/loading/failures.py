@@ -1,0 +1,39 @@
+"""Cases that turned out to be unreadable while training, and how many of them are too many."""
+
+from __future__ import annotations
+
+import logging
+
+from nnssl_ext.preprocessing.errors import CorruptCaseError
+
+logger = logging.getLogger(__name__)
+MAX_FAILED_SHARE = 0.01
+"""Share of the cases that may be unreadable: a bad sector is survived, a disk that is gone is not."""
+MAX_LISTED = 5
+
+
+class FailedCases:
+    """The unreadable cases of a run.
+
+    Args:
+        num_cases: Cases of the run, of which they are a share.
+    """
+
+    def __init__(self, num_cases: int) -> None:
+        self.num_cases = num_cases
+        self.reasons: dict[str, str] = {}
+
+    def add(self, case_id: str, reason: str) -> None:
+        """Notes that a case could not be read, and warns the first time.
+
+        Raises:
+            CorruptCaseError: If more than `MAX_FAILED_SHARE` of the cases have failed; the message names them.
+        """
+        if case_id in self.reasons:
+            return
+        self.reasons[case_id] = reason
+        count = f"{len(self.reasons)} of {self.num_cases} cases cannot be read"
+        if len(self.reasons) > MAX_FAILED_SHARE * self.num_cases:
+            listed = "; ".join(list(self.reasons.values())[:MAX_LISTED])
+            raise CorruptCaseError(f"{count}, which is more than {MAX_FAILED_SHARE:.0%}: {listed}")
+        logger.warning("%s; others take the place of this one: %s", count, reason)
