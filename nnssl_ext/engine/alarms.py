@@ -1,0 +1,182 @@
+"""When the health of joint embeddings is alarming, and what is to be done about it: pure functions of the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Response = Literal["sharpen", "soften", "spread", "anchor"]
+"""What the monitor may ask of a task: `sharpen` flat targets (a faster centre, the teacher's first temperature, at last
+fewer prototypes); `soften` targets that are all the same (centre momentum .99, a temperature .01 higher); `spread` the
+embeddings (twice the KoLeo weight); `anchor` the tokens (Gram) to the weights as they are when it is asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """When the collapse monitor of joint-embedding tasks sounds, and what it may do; see `engine.health`."""
+
+    act: bool = True
+    """Whether it turns knobs and rolls back; if not, it warns."""
+    every: int = 50
+    """Steps between two looks, 1 or more."""
+    queue: int = 512
+    """Most cases that are looked at, 8 or more."""
+    min_cases: int = 8
+    """With fewer cases nothing is judged, 3 or more."""
+    warmup_steps: int = 1500
+    """Steps without alarms at the start; at most a tenth of the run."""
+    flat_entropy: float = 0.98
+    """Targets whose entropy exceeds this share of ln K are flat, in (0, 1]."""
+    flat_steps: int = 1000
+    """Steps of flat targets that are alarming; at most a tenth of the run."""
+    high_entropy: float = 0.5
+    """Targets that say nothing are sharpened where their entropy exceeds this share of ln K, else softened."""
+    information: float = 0.1
+    """Least mutual information of targets and cases, in nats."""
+    information_share: float = 0.02
+    """Least mutual information as a share of ln min(prototypes, cases)."""
+    rank_warn: float = 0.5
+    """Least effective rank as a share of the untrained network's."""
+    rank_fail: float = 0.25
+    """The same, where the run goes back; also for the variance between cases."""
+    between: float = 1.0
+    """Least share of variance between cases, as a multiple of the untrained network's."""
+    token_spread: float = 0.25
+    """Least spread of a volume's tokens as a share of that after the warm-up."""
+    min_cases_to_stop: int = 16
+    """Held-out cases that it takes to stop a run whose views of a case do not find each other."""
+    max_interventions: int = 3
+    """Most automatic interventions of a run, 0 or more."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("queue", 8), ("min_cases", 3), ("max_interventions", 0), ("flat_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"health.{name}={getattr(self, name)} must be {least} or more.")
+        if not 0 < self.flat_entropy <= 1:
+            raise ValueError(f"health.flat_entropy={self.flat_entropy} must lie in (0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """Something is wrong."""
+
+    name: str
+    """The statistic."""
+    value: float
+    limit: float
+    """What it crossed."""
+    diagnosis: str
+    """In words."""
+    responses: tuple[Response, ...] = ()
+    """Knobs to ask the task for, the first that it has."""
+    slower: bool = False
+    """Whether the learning rate is halved."""
+    roll_back: bool = False
+    """Whether the run goes back to an earlier state."""
+
+
+def judge(
+    now: Mapping[str, float],
+    untrained: Mapping[str, float],
+    settled: Mapping[str, float],
+    flat_steps: int,
+    patience: int,
+    config: HealthConfig,
+) -> list[Alarm]:
+    """What is alarming, the gravest first.
+
+    Args:
+        now: The statistics after the warm-up.
+        untrained: Those of the network at step 0.
+        settled: The first ones after the warm-up.
+        flat_steps: Steps for which the targets have been flat.
+        patience: Steps after which flat targets are alarming.
+        config: The thresholds.
+    """
+    alarms = [*_ranks(now, untrained, config), *_spreads(now, untrained, settled, config)]
+    return [*alarms, *_targets(now, flat_steps, patience, config)]
+
+
+def _ranks(now: Mapping[str, float], untrained: Mapping[str, float], config: HealthConfig) -> list[Alarm]:
+    if "rank" not in now or "rank" not in untrained:
+        return []
+    value, before = now["rank"], untrained["rank"]
+    words = f"embeddings use few directions: effective rank {value:.3f}, untrained {before:.3f}"
+    for share, grave in ((config.rank_fail, True), (config.rank_warn, False)):
+        if value < share * before:
+            limit = share * before
+            return [
+                Alarm(
+                    name="rank",
+                    value=value,
+                    limit=limit,
+                    diagnosis=words,
+                    responses=("spread",),
+                    slower=grave,
+                    roll_back=grave,
+                )
+            ]
+    return []
+
+
+def _spreads(
+    now: Mapping[str, float], untrained: Mapping[str, float], settled: Mapping[str, float], config: HealthConfig
+) -> list[Alarm]:
+    alarms = []
+    value, before = now["between_share"], untrained.get("between_share", 0.0)
+    if value < config.between * before:
+        grave = value < config.rank_fail * before
+        words = f"cases differ less, beside their views, than untrained: {value:.3f}, untrained {before:.3f}"
+        alarms.append(
+            Alarm(
+                name="between_share",
+                value=value,
+                limit=config.between * before,
+                diagnosis=words,
+                responses=("spread",),
+                slower=grave,
+                roll_back=grave,
+            )
+        )
+    if "token_spread" in now and "token_spread" in settled:
+        value, limit = now["token_spread"], config.token_spread * settled["token_spread"]
+        if value < limit:
+            words = f"the tokens of a volume become one: {value:.3f}, after the warm-up {settled['token_spread']:.3f}"
+            alarms.append(
+                Alarm(
+                    name="token_spread",
+                    value=value,
+                    limit=limit,
+                    diagnosis=words,
+                    responses=("anchor",),
+                    roll_back=True,
+                )
+            )
+    return alarms
+
+
+def _targets(now: Mapping[str, float], flat_steps: int, patience: int, config: HealthConfig) -> list[Alarm]:
+    if "target_entropy" not in now:
+        return []
+    flat = now["target_entropy"]
+    if flat_steps >= patience:
+        words = f"targets are flat: entropy {flat:.3f} of ln K for {flat_steps} steps"
+        limit = config.flat_entropy
+        return [Alarm(name="target_entropy", value=flat, limit=limit, diagnosis=words, responses=("sharpen",))]
+    nats, share = now["mutual_information"], now["mutual_information_share"]
+    if nats >= config.information and share >= config.information_share:
+        return []
+    words = f"targets say nothing about their case: {nats:.3f} nat, {share:.3f} of the most possible"
+    high = flat > config.high_entropy
+    response: Response = "sharpen" if high else "soften"
+    return [
+        Alarm(
+            name="mutual_information",
+            value=nats,
+            limit=config.information,
+            diagnosis=words,
+            responses=(response,),
+            slower=not high,
+        )
+    ]
