@@ -47,13 +47,14 @@ def ready(plan: FinetuningPlan) -> FinetuningPlan:
     return plan
 
 
+@pytest.mark.parametrize("decoder", [None, "unetr", "mlp"])
 def test_the_stock_trainer_fine_tunes_it(
-    labelled_dataset: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch
+    labelled_dataset: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch, decoder: str | None
 ) -> None:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    plan = ready(plan_finetuning(DATASET, pretrained, "vit"))
+    plan = ready(plan_finetuning(DATASET, pretrained, "vit", decoder=decoder))
     trainer = nnunet_trainer(plan, nnUNetTrainer)
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 2, 1
     trainer.initialize()
@@ -66,14 +67,25 @@ def test_the_stock_trainer_fine_tunes_it(
     assert torch.isfinite(torch.tensor(trainer.logger.get_value("train_losses", step=-1)))
 
 
-def test_stock_deep_supervision_has_the_whole_weight_on_the_one_output(
-    labelled_dataset: Path, pretrained: Path
+@pytest.mark.parametrize(
+    ("decoder", "scales"),
+    [("primus", [PATCH]), ("mlp", [PATCH]), ("unetr", [PATCH, (16, 12, 4)])],
+)
+def test_stock_deep_supervision_weighs_the_outputs_there_are(
+    labelled_dataset: Path, pretrained: Path, decoder: str, scales: list[tuple[int, ...]]
 ) -> None:
+    """Tokens are 2x4x4 voxels: the pyramid halves the two finer axes first. A lone output has the whole weight."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    trainer = nnunet_trainer(ready(plan_finetuning(DATASET, pretrained, "vit")), nnUNetTrainer)
+    trainer = nnunet_trainer(ready(plan_finetuning(DATASET, pretrained, "vit", decoder=decoder)), nnUNetTrainer)
     trainer.initialize()
-    assert list(trainer.loss.weight_factors) == [1, 0]
+    assert list(trainer.loss.weight_factors) == [1, 0]  # nnU-Net gives its lowest resolution none
+    outputs = trainer.network(torch.zeros(1, 1, *PATCH))
+    assert [tuple(output.shape[2:]) for output in outputs] == scales
+    targets = [
+        [f * size for f, size in zip(scale, PATCH, strict=True)] for scale in trainer._get_deep_supervision_scales()
+    ]
+    assert list(map(tuple, targets))[: len(scales)] == scales
     trainer.set_deep_supervision_enabled(False)
     assert trainer.network.eval()(torch.zeros(1, 1, *PATCH)).shape == (1, 3, *PATCH)
 
@@ -124,6 +136,26 @@ def test_every_key_is_accounted_for(labelled_dataset: Path, pretrained: Path) ->
     for name in torch.load(plan.weights_path)["network_weights"]:
         assert status[name] == ("loaded" if in_encoder(name) else "fresh")
     assert plan.report["pretrain_info"]["key_to_lpe"] == "eva.pos_embed"
+
+
+@pytest.mark.parametrize("decoder", ["unetr", "mlp"])
+def test_what_another_decoder_needs_is_fresh_and_complete(
+    labelled_dataset: Path, pretrained: Path, decoder: str
+) -> None:
+    """nnU-Net refuses a weights file that lacks anything but output layers."""
+    plan = plan_finetuning(DATASET, pretrained, "vit", decoder=decoder)
+    status = {row["key"]: row["status"] for row in plan.report["keys"] if row["status"] != "left over"}
+    assert {key for key, found in status.items() if found == "loaded"} == set(filter(in_encoder, status))
+    fresh = {key for key, found in status.items() if found == "fresh"}
+    assert any(".seg_layers." in key for key in fresh)
+    assert any(".seg_layers." not in key for key in fresh)
+    left = {row["key"] for row in plan.report["keys"] if row["status"] == "left over"}
+    assert all(key.startswith("decoder.seg_layers.") for key in left)
+
+
+def test_a_decoder_is_no_choice_of_a_u_nets(labelled_dataset: Path, checkpoint_file: Path) -> None:
+    with pytest.raises(ValueError, match="belongs to transformers, and the pretrained network is a U-Net"):
+        plan_finetuning(DATASET, checkpoint_file, "cnn", decoder="unetr")
 
 
 def test_a_transformers_decoder_is_never_transferred(labelled_dataset: Path, pretrained: Path) -> None:
