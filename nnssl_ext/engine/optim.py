@@ -102,10 +102,13 @@ def parameter_groups(
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
-    """Make the optimiser that `config` names over the groups of `parameter_groups`."""
+    """Make the optimiser that `config` names over the groups of `parameter_groups`.
+
+    It is fused: one pass over each parameter and no temporary copies of them, on a CPU as on a GPU.
+    """
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, factor_of: Callable[[Role], float]) -> float:

@@ -53,6 +53,30 @@ def test_one_step_of_nesterov_is_the_formula() -> None:
     assert weight.item() == pytest.approx(1.0 - 0.1 * 1.5 * 2.0)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_fused_optimiser_takes_the_steps_of_the_plain_one(name: str) -> None:
+    """Five steps with every setting at work; SGD's are bitwise the same, so a run may go on from a plain one's state."""
+    config = OptimConfig(name=name, lr=1e-2, weight_decay=0.1, momentum=0.9, betas=(0.8, 0.9))
+    plain_class, settings = {
+        "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        "adamw": (torch.optim.AdamW, {"betas": (0.8, 0.9)}),
+    }[name]
+    start = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    fused = build_optimizer(parameter_groups([("weight", ours)], config), config)
+    plain = plain_class([theirs], lr=1e-2, weight_decay=0.1, fused=False, foreach=False, **settings)
+    for step in range(5):
+        ours.grad = theirs.grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(step + 1))
+        fused.step()
+        plain.step()
+    states = (fused.state[ours], plain.state[theirs])
+    assert states[0].keys() == states[1].keys()
+    tolerance = 0.0 if name == "sgd" else 1e-6
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
+    torch.testing.assert_close(*states, atol=tolerance, rtol=0)
+    assert not torch.equal(ours, start)
+
+
 def test_adamw_gets_its_betas() -> None:
     config = OptimConfig(name="adamw", betas=(0.8, 0.95), weight_decay=0.05)
     optimizer = build_optimizer(parameter_groups(Small().named_parameters(), config), config)
