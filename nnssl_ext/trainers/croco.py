@@ -99,6 +99,8 @@ class CroCo(PretextTask):
     info = TaskInfo(
         idea="restore hidden parts of a view by looking at another view of the same anatomy",
         paper="arXiv:2210.10716",
+        choose="where correspondence matters, as in registration and follow-up scans, or where sessions hold "
+        "co-registered images.",
         encoders={"vit"},
     )
     config: CroCoConfig

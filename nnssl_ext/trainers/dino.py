@@ -166,6 +166,7 @@ class DINO(PretextTask):
     info = TaskInfo(
         idea="predict from other crops what a slow copy of the network makes of large ones",
         paper="arXiv:2104.14294",
+        choose="where one descriptor per scan is the aim, as in classification and retrieval. It pretrains no decoder.",
         encoders={"cnn", "vit"},
     )
     config: DINOConfig
@@ -312,6 +313,7 @@ class DINOv2(DINO):
     info = TaskInfo(
         idea="predict what a slow copy of the network makes of whole crops: from other crops, and at hidden tokens",
         paper="arXiv:2304.07193",
+        choose="where descriptors and dense features are wanted from one network. It pretrains no decoder.",
         encoders={"cnn", "vit"},
     )
     config: DINOv2Config

@@ -94,6 +94,8 @@ class Inpainting(PretextTask):
     info = TaskInfo(
         idea="restore two damaged views of a crop, and let their features agree",
         paper="arXiv:2211.02701",
+        choose="where one feature per crop is wanted beside reconstruction: one loss restores, the other contrasts, "
+        "so a batch needs two crops or more.",
         encoders={"cnn", "vit"},
         trains_decoder=True,
     )

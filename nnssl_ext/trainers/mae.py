@@ -69,6 +69,7 @@ class MAE(PretextTask):
     info = TaskInfo(
         idea="hide blocks of the image and restore them",
         paper="arXiv:2111.06377",
+        choose="first: it asks for nothing but volumes, a step is cheap, and a U-Net's decoder is pretrained as well.",
         encoders={"cnn", "vit"},
         trains_decoder=True,
     )

@@ -80,6 +80,8 @@ class ModelsGenesis(PretextTask):
     info = TaskInfo(
         idea="shuffle, bend and paint over the image, and restore it",
         paper="arXiv:1908.06912",
+        choose="where the whole network should be pretrained on inputs that look like those of fine-tuning: nothing "
+        "is hidden from it but a few boxes.",
         encoders={"cnn", "vit"},
         trains_decoder=True,
     )

@@ -59,6 +59,8 @@ class SimMIM(PretextTask):
     info = TaskInfo(
         idea="replace tokens of the image by a learned one and restore them in one linear layer",
         paper="arXiv:2111.09886",
+        choose="for a transformer whose features should form at every token and not in a decoder; the whole grid is "
+        "seen, so a step costs more than MAE's.",
         encoders={"vit"},
     )
     config: SimMIMConfig

@@ -60,6 +60,8 @@ class Spark(PretextTask):
     info = TaskInfo(
         idea="hide cells of the image from every layer of the encoder and restore them",
         paper="arXiv:2301.03580",
+        choose="for a U-Net where masked crops should look to the encoder as whole ones do, at the price of a longer "
+        "step.",
         encoders={"cnn"},
         trains_decoder=True,
     )

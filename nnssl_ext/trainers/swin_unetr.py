@@ -89,6 +89,8 @@ class SwinUNETR(PretextTask):
     info = TaskInfo(
         idea="tell the turn of a crop, find its other view, and fill its holes",
         paper="arXiv:2111.14791",
+        choose="to repeat that recipe on nnU-Net's networks. Turns teach little where anatomy tells the orientation "
+        "at a glance.",
         encoders={"cnn", "vit"},
         trains_decoder=True,
     )

@@ -65,6 +65,8 @@ class VolumeFusion(PretextTask):
     info = TaskInfo(
         idea="mix two images in boxes, and tell the share of each voxel",
         paper="arXiv:2306.16925",
+        choose="for a U-Net that will segment: the pretext is a segmentation itself, and all layers but the outputs "
+        "are taken over.",
         encoders={"cnn", "vit"},
         trains_decoder=True,
         needs=DataNeeds(images=2, same="modality"),
