@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from nnssl_ext.engine.distributed import World
+from nnssl_ext.models.norms import ChannelsLastNorms
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 CPU_INFO = Path("/proc/cpuinfo")
@@ -81,11 +82,15 @@ def cpu_has_bf16() -> bool:
     return not BF16_FLAGS.isdisjoint(CPU_INFO.read_text(encoding="utf-8", errors="replace").split())
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+@contextmanager
+def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """The context of a forward pass in a resolved precision."""
     if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=_DTYPES[precision])
+        yield
+        return
+    norms = ChannelsLastNorms() if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype=_DTYPES[precision]), norms:
+        yield
 
 
 def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:

@@ -55,7 +55,7 @@ def test_one_step_of_nesterov_is_the_formula() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_fused_optimiser_takes_the_steps_of_the_plain_one(name: str) -> None:
-    """Five steps with every setting at work; SGD's are bitwise the same, so a run may go on from a plain one's state."""
+    """Five steps with every setting at work; SGD's are bitwise the same."""
     config = OptimConfig(name=name, lr=1e-2, weight_decay=0.1, momentum=0.9, betas=(0.8, 0.9))
     plain_class, settings = {
         "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
