@@ -13,10 +13,11 @@ class Batch:
     """B crops with D spatial dimensions (2 or 3): the images of every sample in consecutive rows."""
 
     data: Tensor
-    """Voxels (B, C, *patch), float32, 0 on padding. The loader delivers them in the stored type, mostly float16: `to`
-    takes them to the device like that, which halves what is copied, and makes them float32 there."""
+    """Voxels (B, C, *patch), float32, 0 where not valid. The loader delivers them in the stored type, mostly float16:
+    `to` takes them to the device like that, which halves what is copied, and makes them float32 there."""
     valid: Tensor
-    """(B, 1, *patch), bool: True on real voxels, False on padding beyond the volume."""
+    """(B, 1, *patch), bool: True on real voxels, False on padding beyond the volume and on voxels that anonymisation
+    altered."""
     cases: tuple[str, ...]
     """Case of each crop."""
     samples: tuple[int, ...]

@@ -23,11 +23,13 @@ class PreprocessedArray:
     data: npt.NDArray[np.float32]
     """(C, Z, Y, X), axes in the plan's order."""
     foreground: npt.NDArray[np.bool_]
-    """(Z, Y, X): where some channel shows something, by the rule of the fingerprint."""
+    """(Z, Y, X): where some channel shows something, by the rule of the fingerprint, and was not altered."""
     spacing: tuple[float, ...]
     """In mm, (Z, Y, X), of `data`."""
     properties: dict[str, Any]
     """nnU-Net's names for the original spacing, the crop and the shapes, as JSON builtins."""
+    altered: npt.NDArray[np.bool_] | None = None
+    """(Z, Y, X): what was altered to make the subject unrecognisable; None where nothing is known to be."""
 
 
 def preprocess_array(
@@ -36,6 +38,7 @@ def preprocess_array(
     plan: Plan,
     configuration: Configuration,
     device: str = "cpu",
+    altered: npt.NDArray[np.bool_] | None = None,
 ) -> PreprocessedArray:
     """Transposes, crops to non-zero, normalises and resamples an image as nnU-Net's `DefaultPreprocessor` does.
 
@@ -45,11 +48,15 @@ def preprocess_array(
         plan: Gives the foreground statistics of the dataset.
         configuration: Gives axes, spacing, normalisation and resampling.
         device: Where images are resampled; see `resample`.
+        altered: (Z, Y, X), the anonymisation mask. It does not change the intensities, which stay nnU-Net's.
 
     Raises:
-        ValueError: If the image is zero everywhere, has a voxel that is not finite, or does not fit the plan.
+        ValueError: If the image is zero everywhere, has a voxel that is not finite, does not fit the plan, or differs
+            in shape from its anonymisation mask.
     """
     check_finite(data)
+    if altered is not None and altered.shape != data.shape[1:]:
+        raise ValueError(f"the anonymisation mask has shape {altered.shape}, the image {data.shape[1:]}")
     axes = configuration.transpose_forward
     foreground = np.any([foreground_mask(channel) for channel in data], axis=0).transpose(axes)
     data = np.transpose(np.asarray(data, dtype=np.float32), (0, *(axis + 1 for axis in axes)))
@@ -80,9 +87,12 @@ def preprocess_array(
         "bbox_used_for_cropping": [list(side) for side in box],
         "shape_after_cropping_and_before_resampling": list(cropped.shape[1:]),
     }
-    return PreprocessedArray(
-        resampled, resize_nearest(foreground[tuple(slice(*side) for side in box)], shape), target, properties
-    )
+    inside = tuple(slice(*side) for side in box)
+    foreground = resize_nearest(foreground[inside], shape)
+    if altered is not None:
+        altered = resize_nearest(altered.transpose(axes)[inside], shape)
+        foreground = foreground & ~altered
+    return PreprocessedArray(resampled, foreground, target, properties, altered)
 
 
 def _target(

@@ -22,8 +22,8 @@ from nnssl_ext.preprocessing.errors import full_disk_named
 
 INDEX_FILE = "nnssl_index.json"
 JOURNAL_FILE = "nnssl_index.journal"
-FORMAT = 2
-READABLE = {1: 11, FORMAT: 14}
+FORMAT = 3
+READABLE = {1: 11, 2: 14, FORMAT: 15}
 """Number of columns of every format that is read. A column that came later has a default: nothing is known."""
 
 
@@ -60,6 +60,8 @@ class IndexEntry:
     where unknown."""
     origin: tuple[float, ...] = (0.0, 0.0, 0.0)
     """Where the stored volume begins within the raw image, in mm along its axes (Z, Y, X)."""
+    altered_fraction: float = 0.0
+    """Share of the stored volume that was altered to make the subject unrecognisable, 0 to 1; the file holds where."""
 
 
 _COLUMNS = tuple(column.name for column in fields(IndexEntry))

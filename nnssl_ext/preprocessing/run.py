@@ -20,7 +20,7 @@ from nnssl_ext.dataset.integrity import content_hash
 from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.fingerprint.foreground import FOREGROUND_RULE
 from nnssl_ext.fingerprint.record import FINGERPRINT_FILE, Fingerprint
-from nnssl_ext.imageio import read_image
+from nnssl_ext.imageio import read_image, read_segmentation
 from nnssl_ext.imageio.geometry import Geometry
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.preprocessing.case import preprocess_array
@@ -63,7 +63,9 @@ def preprocess_case(
     image, geometry = read_image(case.images)
     hashes, grid = [content_hash(channel) for channel in image], grid_code(image.shape[1:], geometry)
     try:
-        result = preprocess_array(image, geometry.spacing, plan, configuration, device)
+        mask = case.anonymization_mask
+        altered = None if mask is None else read_segmentation(mask)[0] != 0
+        result = preprocess_array(image, geometry.spacing, plan, configuration, device, altered)
         del image  # the raw and the finished volume are not needed together
         return write_case(
             folder,
@@ -80,10 +82,16 @@ def preprocess_case(
             session=case.session,
             grid=grid,
             origin=_origin(result.properties, geometry, configuration),
+            altered=result.altered,
             dtype=dtype,
         )
     except ValueError as error:
         raise ValueError(f"{', '.join(map(str, case.images))}: {error}") from error
+
+
+def _raw_files(case: Case) -> list[Path]:
+    mask = case.anonymization_mask
+    return [*map(Path, case.images), *([] if mask is None else [mask])]
 
 
 def grid_code(shape: Sequence[int], geometry: Geometry) -> str:
@@ -100,12 +108,12 @@ def _origin(properties: Mapping[str, Any], geometry: Geometry, configuration: Co
 
 
 def source_stamp(case: Case) -> tuple[str, ...]:
-    """Size and modification time of every raw file of a case.
+    """Size and modification time of every raw file of a case, its anonymisation mask the last.
 
     Raises:
         FileNotFoundError: If a file is missing.
     """
-    stats = [Path(image).stat() for image in case.images]
+    stats = [path.stat() for path in _raw_files(case)]
     return tuple(f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats)
 
 
@@ -272,7 +280,7 @@ def _is_current(folder: Path, case: Case, entry: IndexEntry | None) -> bool:
     path = folder / f"{case.case_id}{SUFFIX}"
     if not path.is_file() or path.stat().st_size != entry.num_bytes:
         return False
-    return all(Path(image).is_file() for image in case.images) and source_stamp(case) == entry.source
+    return all(file.is_file() for file in _raw_files(case)) and source_stamp(case) == entry.source
 
 
 def preprocess_configurations(
