@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from nnssl_ext.models.centre import Centre
 
-EPS = 1e-5
-"""Added to a variance, and to a length."""
+EPS = 1e-6
+"""Of a squared mean, added to the variance: what float32 leaves of it."""
 WEIGHT_STD = 0.02
 """Initial spread of linear layers, the papers'."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from nnssl_ext.losses.dino import dino_loss
+from nnssl_ext.losses.dino import dino_loss, known_case
 from nnssl_ext.losses.gram import gram_loss
 from nnssl_ext.losses.ibot import ibot_loss
 from nnssl_ext.losses.koleo import koleo
@@ -119,3 +119,27 @@ def test_losses_are_computed_in_float32_whatever_they_are_given(loss):
     }[loss]
     assert value(a, b).dtype == torch.float32
     assert value(a, b).item() == pytest.approx(value(a.float(), b.float()).item(), rel=1e-2)
+
+
+def test_a_case_is_known_where_its_own_view_predicts_its_target_best():
+    """Fails if a target is compared with itself, or if another crop of the same case counts as a wrong answer."""
+    case = torch.tensor([1, 2, 3, 1])
+    student, teacher = draw(3, 4, 8), (draw(2, 4, 8, seed=1) * 3).softmax(-1)
+    hits, total = 0, 0
+    for t in range(2):
+        for s in range(3):
+            for b in range(4) if s != t else ():
+                fit = [-cross_entropy(teacher[t, b], student[s, c], 0.1) for c in range(4)]
+                hits += fit[b] > max(fit[c] for c in range(4) if case[c] != case[b])
+                total += 1
+    known, chance = known_case(student, teacher, case, 0.1)
+    assert known.item() == pytest.approx(hits / total)
+    assert chance.item() == pytest.approx((1 / 3 + 1 / 4 + 1 / 4 + 1 / 3) / 4)
+
+
+def test_a_collapsed_student_knows_no_case_whatever_its_loss():
+    same = (20 * torch.nn.functional.one_hot(torch.tensor(2), 8)).float().expand(3, 4, 8)
+    teacher = same[:2].softmax(-1)
+    assert dino_loss(same, teacher, 0.1) < 1e-3
+    known, chance = known_case(same, teacher, torch.arange(4), 0.1)
+    assert known == 0 < chance
