@@ -1,7 +1,9 @@
 """Crops a second of one core: this loader against nnU-Net's, bare and with nnU-Net's default spatial augmentation.
 
-Makes MR-like volumes, writes them in both formats, and reads crops from each in this process with one thread. Views are
-the training device's work here, so the bare rate is what a worker delivers; nnU-Net's workers also augment.
+Makes MR-like volumes, writes them in both formats, and reads crops from each in this process with one thread, in turn,
+so that what else the machine does meets both alike. Views are the training device's work here, so the bare rate is what
+a worker delivers; nnU-Net's workers also augment. Crops count as delivered when they are float32. The last column is
+the read amplification: voxels of the blocks that a random crop touches over voxels of the crop.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ Patch = tuple[int, int, int]
 def parser() -> argparse.ArgumentParser:
     """The benchmark's arguments."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--edges", type=int, nargs="+", default=[64, 96, 160], help="patch edges (default: 64 96 160)")
+    result.add_argument(
+        "--edges", type=int, nargs="+", default=[64, 96, 160, 192], help="patch edges (default: 64 96 160 192)"
+    )
     result.add_argument("--num_volumes", type=int, default=4, help="volumes to read from (default: 4)")
     result.add_argument("--edge", type=int, default=200, help="edge of a volume in voxels (default: 200)")
     result.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts (default: 5)")
@@ -104,24 +108,45 @@ def our_batches(store: Any, patch: Patch, augmented: bool) -> Callable[[], Any]:
     numbers, config = count(), SpatialConfig()
 
     def viewed() -> Any:
-        batch = next(batches)
+        batch = next(batches).to("cpu")
         random = SampleRandom(0, next(numbers), batch.samples)
         return spatial_view(batch.data, batch.valid, batch.spacing, random, config)
 
-    return viewed if augmented else lambda: next(batches)
+    return viewed if augmented else lambda: next(batches).to("cpu")
 
 
-def rate(batch: Callable[[], Any], repeats: int, seconds: float) -> float:
-    """Crops a CPU-second: the median of several runs after a first batch that is not counted."""
-    batch()
-    rates = []
+def amplification(store: Any, patch: Patch, num_crops: int = 200) -> float:
+    """Voxels of the blocks that random crops touch over voxels that they show."""
+    from nnssl_ext.core.random import generator
+    from nnssl_ext.loading.sampler import choose_crop
+    from nnssl_ext.preprocessing.layout import block_shape
+
+    decoded, used, cases = 0, 0, list(store.entries)
+    for number in range(num_crops):
+        case = cases[number % len(cases)]
+        shape, (grid, cell) = store.entries[case].shape[1:], store.occupancy(case)
+        crop = choose_crop(shape, patch, grid, cell, 0.5, generator(0, "amplification", number))
+        start = np.maximum(crop.lower, 0)
+        stop = np.minimum(np.add(crop.lower, patch), shape)
+        block = np.array(block_shape(shape))
+        decoded += int(np.prod((-(-stop // block) - start // block) * block))
+        used += int(np.prod(stop - start))
+    return decoded / used
+
+
+def rates(batches: Sequence[Callable[[], Any]], repeats: int, seconds: float) -> list[float]:
+    """Crops a CPU-second of each: the median of several runs in turn after a first batch that is not counted."""
+    runs: list[list[float]] = [[] for _ in batches]
+    for batch in batches:
+        batch()
     for _ in range(repeats):
-        number, started = 0, time.process_time()
-        while time.process_time() - started < seconds:
-            batch()
-            number += 1
-        rates.append(number * BATCH_SIZE / (time.process_time() - started))
-    return statistics.median(rates)
+        for batch, found in zip(batches, runs, strict=True):
+            number, started = 0, time.process_time()
+            while time.process_time() - started < seconds:
+                batch()
+                number += 1
+            found.append(number * BATCH_SIZE / (time.process_time() - started))
+    return [statistics.median(found) for found in runs]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,17 +156,20 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     figures = []
-    print(f"{'patch':>6} {'views':>7} {'nnU-Net /s':>11} {'this /s':>9} {'ratio':>6}")
+    print(f"{'patch':>6} {'views':>7} {'nnU-Net /s':>11} {'this /s':>9} {'ratio':>6} {'decoded/used':>13}")
     for edge in arguments.edges:
         patch = (edge, edge, edge)
         with tempfile.TemporaryDirectory() as folder:
             store, dataset = write_both(Path(folder), arguments.num_volumes, arguments.edge, patch)
+            decoded = amplification(store, patch)
             for augmented in (False, True):
-                theirs = rate(their_batches(dataset, patch, augmented), arguments.repeats, arguments.seconds)
-                ours = rate(our_batches(store, patch, augmented), arguments.repeats, arguments.seconds)
-                figures.append({"patch": edge, "augmented": augmented, "nnunet": theirs, "this": ours})
+                both = [make(data, patch, augmented) for make, data in ((their_batches, dataset), (our_batches, store))]
+                theirs, ours = rates(both, arguments.repeats, arguments.seconds)
+                figure = {"patch": edge, "augmented": augmented, "nnunet": theirs, "this": ours}
+                figures.append({**figure, "amplification": decoded})
                 views = "spatial" if augmented else "none"
-                print(f"{edge:>5}³ {views:>7} {theirs:>11.1f} {ours:>9.1f} {ours / theirs:>5.1f}x", flush=True)
+                line = f"{edge:>5}³ {views:>7} {theirs:>11.1f} {ours:>9.1f} {ours / theirs:>5.2f}x {decoded:>13.2f}"
+                print(line, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
