@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from nnssl_ext.core.records import write_json
 from nnssl_ext.engine.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
 from nnssl_ext.engine.device import cpu_has_bf16, kernels
 from nnssl_ext.engine.distributed import World, any_rank, current_world, process_group
+from nnssl_ext.engine.guard import Guard, RollBackError
 from nnssl_ext.engine.prepare import Prepared, prepare
 from nnssl_ext.engine.run import (
     RunSpec,
@@ -32,7 +34,7 @@ from nnssl_ext.engine.run import (
     write_config,
 )
 from nnssl_ext.engine.signals import StopRequest
-from nnssl_ext.engine.steps import Meter, Stepper, Validation
+from nnssl_ext.engine.steps import DivergedError, Meter, Stepper, Validation
 from nnssl_ext.engine.timing import Stopwatch
 from nnssl_ext.engine.tracking import Bar, Tracker
 from nnssl_ext.loading.batch import Batch
@@ -135,6 +137,7 @@ class _Run:
         )
         self.failed = FailedCases(len(self.split.train) + len(self.split.val))
         self.train, self.val = self._loader("training"), self._loader("validation")
+        self.guard = Guard(self.stepper, self.folder.path, self.trainer.total_steps, world.main)
         self.progress = self._resume()
         self.watch = Stopwatch(self.device)
         self.speed = self.watch.speed(0.0)
@@ -149,12 +152,16 @@ class _Run:
         if not self.folder.latest.exists():
             logger.info("No checkpoint in %s yet: starting at the beginning.", self.folder.path)
             return Progress()
-        resume = load_checkpoint(self.folder.latest)["resume"]
-        self.stepper.task.load_state_dict(resume["task"])
-        self.stepper.load_state(resume)
-        progress = Progress.from_state(resume["progress"])
+        progress = self._take_up(self.folder.latest)
         logger.info("Going on from epoch %d, step %d.", progress.epoch, progress.step)
         return progress
+
+    def _take_up(self, path: Path) -> Progress:
+        resume = load_checkpoint(path)["resume"]
+        self.stepper.task.load_state_dict(resume["task"])
+        self.stepper.load_state(resume)
+        self.guard.monitor.load_state(resume["health"])
+        return Progress.from_state(resume["progress"])
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal."""
@@ -164,16 +171,38 @@ class _Run:
             train, val = stack.enter_context(self.train), stack.enter_context(self.val)
             tracker = stack.enter_context(self._tracker()) if self.world.main else None
             bar = stack.enter_context(Bar(self.trainer.total_steps, self.progress.step, self.world.main))
+            if not self._begin(train, val):
+                return Outcome.STOPPED
             batches = train.batches(self.progress.step, self.trainer.total_steps)
             while self.progress.epoch < self.trainer.num_epochs:
                 self.watch.restart(train.wait_seconds)
-                validation = self._train_epoch(batches, train, bar) and self._validate(val)
+                try:
+                    validation = self._train_epoch(batches, train, bar) and self._validate(val)
+                except (RollBackError, DivergedError) as reason:
+                    self._go_back(reason, tracker)
+                    batches = train.batches(self.progress.step, self.trainer.total_steps)
+                    continue
                 if not validation:
                     self._save_latest()
                     logger.info("Stopped after step %d; go on with --c.", self.progress.step)
                     return Outcome.STOPPED
                 self._finish_epoch(validation, tracker, train)
         return Outcome.FINISHED
+
+    def _begin(self, train: PatchLoader, val: PatchLoader) -> bool:
+        """Let the guard see the untrained network; False where a signal asked to stop."""
+        if self.progress.step:
+            return True
+        return self.guard.begin(train.batches, len(self.split.train), lambda: self._validate(val))
+
+    def _go_back(self, reason: RollBackError | DivergedError, tracker: Tracker | None) -> None:
+        def restore(path: Path) -> int:
+            self.progress = self._take_up(path)
+            return self.progress.step
+
+        self.guard.go_back(reason, self.progress.step, restore, self._resumable)
+        if tracker is not None:
+            tracker.rewind(self.progress.epoch)
 
     def _train_epoch(self, batches: Iterator[Batch], loader: PatchLoader, bar: Bar) -> bool:
         """The steps that are left of the epoch in hand; False where a signal asked to stop."""
@@ -183,6 +212,7 @@ class _Run:
             values = self.stepper.train_step(islice(batches, self.trainer.accumulate), self.progress.step)
             self.progress.step += 1
             self.progress.meter.add(values)
+            self.guard.after_step(self.progress.step, self._resumable)
             self.speed = self.watch.step(loader.wait_seconds)
             bar.step(values["loss"], self.speed)
             if self._stopping():
@@ -200,7 +230,8 @@ class _Run:
         means = progress.meter.means()
         rate = means.pop("lr")
         train = {f"train_{name}": value for name, value in means.items()}
-        metrics = {"epoch": epoch, "step": progress.step, "lr": rate, **train, **validation.metrics}
+        health = self.guard.after_epoch(validation, progress.step)
+        metrics = {"epoch": epoch, "step": progress.step, "lr": rate, **train, **validation.metrics, **health}
         progress.epoch, progress.meter = epoch + 1, Meter()
         improved = metrics["val_loss"] < progress.best_loss
         progress.best_loss = min(metrics["val_loss"], progress.best_loss)
@@ -215,6 +246,7 @@ class _Run:
         if last:
             save_checkpoint(self.folder.final, self._checkpoint())
             self.folder.latest.unlink(missing_ok=True)
+            self.guard.ring.remove()
         elif progress.epoch % self.settings.save_every == 0:
             self._save_latest()
 
@@ -231,14 +263,18 @@ class _Run:
         }
 
     def _save_latest(self) -> None:
-        if not self.world.main:
-            return
+        if self.world.main:
+            save_checkpoint(self.folder.latest, self._resumable())
+
+    def _resumable(self) -> dict[str, Any]:
+        """A checkpoint with all that going on needs."""
         resume = {
             "task": self.stepper.task.state_dict(),
             "progress": self.progress.state(),
+            "health": self.guard.monitor.state(),
             **self.stepper.state(),
         }
-        save_checkpoint(self.folder.latest, self._checkpoint(resume))
+        return self._checkpoint(resume)
 
     def _checkpoint(self, resume: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return build_checkpoint(

@@ -16,10 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from nnssl_ext.core.random import SampleRandom, seed_of
 from nnssl_ext.engine.device import autocast, loss_scaler
 from nnssl_ext.engine.distributed import World, gather, mean_over_ranks
+from nnssl_ext.engine.health import CaseQueue, merge
 from nnssl_ext.engine.monitors import FeatureMonitor, summarise
 from nnssl_ext.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from nnssl_ext.engine.schedules import schedule_factor
-from nnssl_ext.engine.task import PretextTask, PretrainTrainer, StepOutput
+from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput
 from nnssl_ext.loading.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ class Meter:
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
 
+class DivergedError(ValueError):
+    """Loss or gradient were not finite so often that training has to begin again further back."""
+
+
 @dataclass(frozen=True)
 class Validation:
     """What a pass over the validation crops found."""
@@ -55,6 +60,8 @@ class Validation:
     """Means of `val_loss` and `val_*`, and the feature monitors."""
     images: Mapping[str, torch.Tensor] | None
     """Pictures of the first batch, on this rank."""
+    queue: Mapping[str, torch.Tensor]
+    """The embeddings that the task showed, one row per case of all ranks; empty where it showed none."""
 
 
 class Stepper:
@@ -95,6 +102,9 @@ class Stepper:
         self.plain: nn.Module = torch.compile(task) if compile_task else task  # type: ignore[assignment]
         self.module = self.plain if world.size == 1 else _distributed(self.plain, device)
         self.skipped_in_a_row = 0
+        self.skipped_cases: list[list[str]] = []
+        self.lr_factor = 1.0
+        self.observe: Callable[[Sequence[str], Embeddings], None] = _look_away
 
     def train_step(self, batches: Iterable[Batch], step: int) -> dict[str, float]:
         """One optimiser step over `accumulate` batches.
@@ -107,12 +117,12 @@ class Stepper:
             `loss`, the task's metrics, `gradient_norm` and `lr`, averaged over micro-batches and ranks.
 
         Raises:
-            ValueError: Where loss or gradient were not finite `MAX_SKIPPED_STEPS` times in a row.
+            DivergedError: Where loss or gradient were not finite `MAX_SKIPPED_STEPS` times in a row.
         """
         self.task.train()
         self._reseed("train", step)
         total = self.trainer.total_steps
-        peak, schedule = self.trainer.optim.lr, self.trainer.schedule
+        peak, schedule = self.lr_factor * self.trainer.optim.lr, self.trainer.schedule
         rate = set_learning_rate(self.optimizer, peak, lambda role: schedule_factor(schedule, step, total, role))
         self.optimizer.zero_grad(set_to_none=True)
         values, seen = self._backward(list(batches), step)
@@ -132,9 +142,11 @@ class Stepper:
                 output = self._forward(batch, random, train=True)
                 self.scaler.scale(output.loss.float() / len(batches)).backward()
             outputs.append(_scalars(output))
+            if output.embeddings is not None:
+                self.observe(batch.cases, output.embeddings)
         return self._average(outputs), [case for batch in batches for case in batch.cases]
 
-    def _forward(self, batch: Batch, random: SampleRandom, train: bool) -> StepOutput:
+    def _forward(self, batch: Batch, random: SampleRandom, train: bool, learn: bool = True) -> StepOutput:
         batch = batch.to(self.device)
         with torch.no_grad():
             views = self.task.views(batch, random, train)
@@ -142,7 +154,7 @@ class Stepper:
                 views = self.task.sham(views, random.child("sham"))
             views = {name: self._laid_out(view) for name, view in views.items()}
         with autocast(self.precision, self.device):
-            return (self.module if train else self.plain)(views)
+            return (self.module if train and learn else self.plain)(views)
 
     def _update(self) -> float:
         clip = self.trainer.optim.clip or math.inf
@@ -156,12 +168,13 @@ class Stepper:
     def _check_finite(self, values: Mapping[str, float], step: int, cases: Sequence[str]) -> None:
         numbers = [values["loss"]] if self.scaler.is_enabled() else [values["loss"], values["gradient_norm"]]
         if all(map(math.isfinite, numbers)):
-            self.skipped_in_a_row = 0
+            self.skipped_in_a_row, self.skipped_cases = 0, []
             return
         self.skipped_in_a_row += 1
+        self.skipped_cases.append(list(cases))
         logger.warning("Step %d skipped: loss or gradient is not finite on cases %s.", step, ", ".join(cases))
         if self.skipped_in_a_row == MAX_SKIPPED_STEPS:
-            raise ValueError(
+            raise DivergedError(
                 f"The loss or its gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row, up to step {step}: "
                 f"training diverged. Lower the learning rate (now {values['lr']:.3g}), for example "
                 f"--set optim.lr={self.trainer.optim.lr / 2:.3g}, or train with --precision fp32."
@@ -181,11 +194,14 @@ class Stepper:
         self.task.eval()
         self._reseed("validation", 0)
         meter, monitor, images = Meter(), FeatureMonitor(), None
+        queue = CaseQueue(self.trainer.health.queue)
         for batch in batches:
             batch = batch.to(self.device)
             random = SampleRandom(self.seed, 0, batch.samples).child("validation")
             output = self._forward(batch, random, train=False)
             meter.add(self._average([_scalars(output)]))
+            if output.embeddings is not None:
+                queue.add(batch.cases, output.embeddings)
             size, each = self.task.configuration.patch_size, self.task.needs.images
             with autocast(self.precision, self.device):  # of every sample its first image
                 data, valid = self._laid_out(centre(batch.data[::each], size)), centre(batch.valid[::each], size)
@@ -194,7 +210,16 @@ class Stepper:
             if stop():
                 return None
         metrics = {f"val_{name}": value for name, value in meter.means().items()}
-        return Validation(metrics | summarise(gather(monitor.state())), images)
+        return Validation(metrics | summarise(gather(monitor.state())), images, merge(gather(queue.state())))
+
+    @torch.no_grad()
+    def show(self, batch: Batch) -> Embeddings | None:
+        """What the task shows of a batch of training views as it is now; it learns nothing of it."""
+        self.task.eval()
+        self._reseed("health", 0)
+        batch = batch.to(self.device)
+        random = SampleRandom(self.seed, 0, batch.samples).child("health")
+        return self._forward(batch, random, train=True, learn=False).embeddings
 
     def _average(self, outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
         names = sorted(outputs[0])
@@ -218,6 +243,7 @@ class Stepper:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped_in_a_row": self.skipped_in_a_row,
+            "lr_factor": self.lr_factor,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -225,7 +251,12 @@ class Stepper:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.skipped_in_a_row, self.skipped_cases = state["skipped_in_a_row"], []
+        self.lr_factor = state["lr_factor"]
+
+
+def _look_away(cases: Sequence[str], embeddings: Embeddings) -> None:
+    """Nobody watches."""
 
 
 def centre(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

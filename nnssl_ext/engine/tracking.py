@@ -106,6 +106,11 @@ class Tracker:
         else:
             self._undrawn = True
 
+    def rewind(self, num_epochs: int) -> None:
+        """Drops the records from that epoch on: the run has gone back and will make them again."""
+        self.metrics = JsonLines(self.metrics.path, num_epochs)
+        self.timing = JsonLines(self.timing.path, num_epochs)
+
     def draw_progress(self) -> None:
         """Draws `progress.png` from all records."""
         self._drawn, self._undrawn = time.monotonic(), False

@@ -1,0 +1,211 @@
+"""Acts on alarms while a run goes on: turns a knob, slows down, or goes back to a state that was well."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnssl_ext.engine.alarms import Alarm, Response
+from nnssl_ext.engine.health import Monitor, Retrieval
+from nnssl_ext.engine.recovery import Ring, write_intervention
+from nnssl_ext.engine.steps import DivergedError, Stepper, Validation
+from nnssl_ext.loading.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+SLOWER = 0.5
+"""Factor on the learning rate where the answer is to slow down."""
+
+
+class RollBackError(Exception):
+    """An alarm whose answer is an earlier state of the run."""
+
+    def __init__(self, alarm: Alarm) -> None:
+        super().__init__(alarm.diagnosis)
+        self.alarm = alarm
+
+
+class Guard:
+    """Watches a run and intervenes, a few times at most; every intervention is a line of `interventions.jsonl`.
+
+    Every rank sees the same statistics and does the same; rank 0 writes.
+
+    Args:
+        stepper: Of the run.
+        folder: Of the run.
+        total: Optimiser steps of the run.
+        main: Whether this process writes files.
+    """
+
+    def __init__(self, stepper: Stepper, folder: Path, total: int, main: bool) -> None:
+        self.stepper, self.folder, self.main = stepper, folder, main
+        self.monitor = Monitor(stepper.trainer.health, total)
+        self.ring, self.interval = Ring(folder / "ring"), Ring.interval(total)
+        self.validated_at = 0
+        stepper.observe = self.monitor.observe
+
+    def begin(
+        self,
+        batches: Callable[[int, int], Iterator[Batch]],
+        num_cases: int,
+        validate: Callable[[], Validation | None],
+    ) -> bool:
+        """Measures the untrained network, if its task shows embeddings.
+
+        Args:
+            batches: Those of training, from one step up to another.
+            num_cases: Cases trained on.
+            validate: One pass over the validation crops; None where it was stopped.
+
+        Returns:
+            False where it was stopped.
+        """
+        wanted = min(self.monitor.config.queue, num_cases)
+        num_rows = sum(map(self._see, batches(0, 1)))
+        if not self.monitor.queue.rows:
+            return True
+        for batch in batches(1, -(-wanted // num_rows)):
+            self._see(batch)
+        validation = validate()
+        if validation is not None:
+            self.monitor.begin(Retrieval.of(validation.queue))
+        return validation is not None
+
+    def _see(self, batch: Batch) -> int:
+        shown = self.stepper.show(batch)
+        if shown is not None:
+            self.monitor.observe(batch.cases, shown)
+        return len(batch.cases)
+
+    def after_step(self, step: int, checkpoint: Callable[[], dict[str, Any]]) -> None:
+        """Looks, answers, and keeps states that gave no alarm.
+
+        Args:
+            step: Steps taken.
+            checkpoint: Makes a checkpoint to go on from.
+
+        Raises:
+            RollBackError: Where the run has to go back; `go_back` does it.
+        """
+        if self.stepper.skipped_in_a_row:
+            self._write({"step": step, "event": "skipped", "cases": self.stepper.skipped_cases[-1]})
+            return
+        alarm = self.monitor.look(step) if self.monitor.due(step) else None
+        if alarm is not None:
+            self._answer(alarm, step)
+        elif step % self.interval == 0 and self.main:
+            self.ring.save(step, checkpoint())
+
+    def _answer(self, alarm: Alarm, step: int) -> None:
+        logger.warning("Step %d: %s.", step, alarm.diagnosis)
+        if not self.monitor.may_intervene:
+            return
+        if alarm.roll_back and self.ring.newest() is not None:
+            raise RollBackError(alarm)
+        changes, turned = self._turn(alarm)
+        if changes:
+            self._record(step, step, alarm, changes, turned)
+
+    def _turn(self, alarm: Alarm) -> tuple[list[str], list[Response]]:
+        """What was changed, in words, and the responses that the task knew."""
+        changes: list[str] = []
+        turned: list[Response] = []
+        if alarm.slower:
+            self.stepper.lr_factor *= SLOWER
+            changes.append(f"learning rate {self.stepper.lr_factor:g} times the recipe's")
+        for response in alarm.responses:
+            said = self._respond(response)
+            if said:
+                changes.append(said)
+                turned.append(response)
+        return changes, turned
+
+    @torch.no_grad()
+    def _respond(self, response: Response) -> str:
+        return self.stepper.task.respond(response)
+
+    def _record(self, step: int, resumed_at: int, alarm: Alarm, changes: list[str], turned: list[Response]) -> None:
+        record = {
+            "event": "intervention",
+            "statistic": alarm.name,
+            "value": alarm.value if math.isfinite(alarm.value) else None,
+            "limit": alarm.limit,
+            "diagnosis": alarm.diagnosis,
+            "changes": changes,
+            "responses": turned,
+            "lr_factor": self.stepper.lr_factor,
+            "resumed_at": resumed_at,
+        }
+        self.monitor.intervened(step, resumed_at, record)
+        logger.warning("Intervened: %s; going on after step %d.", "; ".join(changes) or "rolled back", resumed_at)
+        self._write({"step": step, **record})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.main:
+            write_intervention(self.folder, record)
+
+    def go_back(
+        self,
+        reason: RollBackError | DivergedError,
+        step: int,
+        restore: Callable[[Path], int],
+        checkpoint: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Goes back to the newest state that was well, with the knobs turned since, and turns those of the alarm.
+
+        What is kept of the state is then written anew, so that a run that is killed goes on with these knobs.
+
+        Args:
+            reason: Why.
+            step: Steps taken.
+            restore: Takes up a checkpoint; gives the steps taken there.
+            checkpoint: Makes a checkpoint to go on from.
+
+        Raises:
+            DivergedError: The reason itself, where nothing can be done any more.
+        """
+        path = self.ring.newest()
+        if path is None or not self.monitor.may_intervene:
+            raise reason
+        if isinstance(reason, DivergedError):
+            cases = self.stepper.skipped_cases[-1]
+            self._write({"step": step + 1, "event": "skipped", "cases": cases})
+            alarm = Alarm(name="loss", value=math.nan, limit=0.0, diagnosis=str(reason), slower=True, roll_back=True)
+        else:
+            alarm = reason.alarm
+        history, factor = self.monitor.history, self.stepper.lr_factor
+        resumed_at = restore(path)
+        for past in history[len(self.monitor.history) :]:
+            for response in past["responses"]:
+                self._respond(response)
+        self.monitor.history, self.stepper.lr_factor = history, factor
+        changes, turned = self._turn(alarm)
+        self._record(step, resumed_at, alarm, [f"back to step {resumed_at}", *changes], turned)
+        if self.main:
+            self.ring.save(resumed_at, checkpoint())
+
+    def after_epoch(self, validation: Validation, step: int) -> dict[str, float]:
+        """The numbers of health to log; none of a task that shows no embeddings.
+
+        Args:
+            validation: After the epoch's last step.
+            step: Steps taken.
+
+        Raises:
+            ValueError: Where the run is not worth going on with; the message is the diagnosis.
+        """
+        if not validation.queue:
+            return {}
+        retrieval = Retrieval.of(validation.queue)
+        verdict = self.monitor.lost(retrieval, step, self.validated_at)
+        self.validated_at = step
+        if verdict and self.monitor.config.act:
+            self._write({"step": step, "event": "stopped", "diagnosis": verdict})
+            raise ValueError(verdict)
+        measured = {f"health_{name}": value for name, value in self.monitor.measure().items()}
+        return {**measured, **retrieval.metrics()}

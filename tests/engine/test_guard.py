@@ -1,0 +1,258 @@
+"""A run that is watched: what it records, how it intervenes, and that going back is exact."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nnssl_ext.engine.alarms import Alarm
+from nnssl_ext.engine.checkpoint import load_checkpoint
+from nnssl_ext.engine.guard import Guard
+from nnssl_ext.engine.health import Monitor
+from nnssl_ext.engine.loop import Outcome, pretrain
+from nnssl_ext.engine.recovery import Ring
+from nnssl_ext.engine.run import RunSpec
+from nnssl_ext.engine.steps import DivergedError, Stepper
+from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput, TaskInfo
+from nnssl_ext.models.backbone import build_encoder, export_network
+from nnssl_ext.planners.rules import StepCost
+
+WIDTH = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """No settings but one."""
+
+    poisoned: tuple[int, ...] = ()
+    """Steps whose loss is not finite while the learning rate is the recipe's."""
+
+
+class Pair(PretextTask):
+    """Pulls a crop and its mirror image together, with a knob that counts how often it was turned."""
+
+    Config = PairConfig
+    info = TaskInfo(idea="a pair", paper="none", encoders={"cnn"})
+
+    def __init__(self, config, configuration, num_cases):
+        super().__init__(config, configuration, num_cases)
+        self.encoder = build_encoder(configuration)
+        self.project = nn.Linear(self.encoder.channels[-1], WIDTH)
+        self.register_buffer("turned", torch.zeros(()))
+        self.register_buffer("taken", torch.zeros(()))
+
+    def views(self, batch, random, train):
+        return {"image": batch.data}
+
+    def forward(self, views):
+        first, second = (self.project(self.encoder.pooled(x)) for x in (views["image"], views["image"].flip(2)))
+        loss = (first - second).square().mean()
+        if self.training and int(self.taken) in self.config.poisoned:
+            loss = loss * torch.nan
+        shown = Embeddings(first=first.detach(), second=second.detach())
+        return StepOutput(loss=loss, embeddings=shown)
+
+    def after_step(self, step, total):
+        self.taken.fill_(step + 1)
+
+    def respond(self, response):
+        self.turned += 1
+        return f"turned {response}"
+
+    def export_network(self):
+        return export_network(self.configuration, self.encoder)
+
+
+class PairTrainer(PretrainTrainer):
+    """Twelve steps."""
+
+    task = Pair
+    cost = StepCost(views=2, copies=1, decoder=False)
+    num_epochs = 3
+    steps_per_epoch = 4
+    val_steps_per_epoch = 2
+    val_fraction = 0.3
+
+
+@pytest.fixture
+def spec(make_spec, monkeypatch) -> RunSpec:
+    monkeypatch.setattr(Ring, "interval", staticmethod(lambda total: 2))
+    return replace(make_spec(save_every=10), trainer=PairTrainer.configured(["health.every=1", "health.min_cases=3"]))
+
+
+def alarm_at(monkeypatch, *steps: int, roll_back: bool = True) -> None:
+    """Sounds the same alarm after these steps, the first time that each is reached."""
+    waiting = list(steps)
+
+    def look(monitor: Monitor, step: int) -> Alarm | None:
+        if step not in waiting:
+            return None
+        waiting.remove(step)
+        words = {"diagnosis": "it is sick", "responses": ("spread",), "slower": True, "roll_back": roll_back}
+        return Alarm(name="rank", value=0.1, limit=0.2, **words)
+
+    monkeypatch.setattr(Monitor, "look", look)
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def weights(folder: Path, name: str = "checkpoint_final.pth") -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / name)["network_weights"]
+
+
+def test_a_watched_run_logs_its_health_and_leaves_no_states(spec, monkeypatch):
+    alarm_at(monkeypatch)
+    assert pretrain(spec) is Outcome.FINISHED
+    for row in lines(spec.folder, "metrics.jsonl"):
+        assert {"health_rank", "health_between_share", "same_case_mrr", "same_case_mrr_chance"} <= set(row)
+        assert row["health_num_cases"] == 4
+    assert not (spec.folder / "ring").exists()
+    assert not (spec.folder / "interventions.jsonl").exists()
+
+
+def test_being_watched_changes_no_number(spec, make_spec, monkeypatch):
+    """The look at the untrained network must not move weights, statistics or random numbers."""
+    alarm_at(monkeypatch)
+    pretrain(spec)
+    monkeypatch.setattr(Guard, "begin", lambda *_: True)
+    unseen = replace(spec, folder=spec.folder.with_name("unseen"))
+    pretrain(unseen)
+    assert all(map(torch.equal, weights(spec.folder).values(), weights(unseen.folder).values()))
+
+
+def test_going_back_is_exact(spec, monkeypatch):
+    """After the roll-back the run is what a run resumed from the kept state would be, bit for bit."""
+    alarm_at(monkeypatch, 7)
+    kept = spec.folder.with_name("kept")
+    original = Ring.save
+
+    def save(ring: Ring, step: int, checkpoint) -> None:
+        original(ring, step, checkpoint)
+        if checkpoint["resume"]["lr_factor"] == 0.5 and not kept.exists():
+            kept.mkdir()
+            (kept / "checkpoint_latest.pth").write_bytes(ring.path(step).read_bytes())
+
+    monkeypatch.setattr(Ring, "save", save)
+    pretrain(spec)
+    (record,) = lines(spec.folder, "interventions.jsonl")
+    assert (record["step"], record["resumed_at"], record["statistic"]) == (7, 6, "rank")
+    assert record["changes"] == ["back to step 6", "learning rate 0.5 times the recipe's", "turned spread"]
+    rows = lines(spec.folder, "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert rows[2]["lr"] < 0.5 * 1e-2
+    for name in ("config.json", "splits.json"):
+        (kept / name).write_bytes((spec.folder / name).read_bytes())
+    again = replace(spec, folder=kept, resume=True)
+    assert pretrain(again) is Outcome.FINISHED
+    assert all(map(torch.equal, weights(spec.folder).values(), weights(kept).values()))
+    assert lines(kept, "metrics.jsonl")[-1] == rows[-1]
+
+
+def test_knobs_stay_turned_when_the_run_goes_back_further(spec, monkeypatch):
+    """A knob turned at step 5 is no part of the state of step 4, to which the alarm at step 5 and the next go back."""
+    alarm_at(monkeypatch, 5, roll_back=False)
+    turned = []
+    original = Guard.go_back
+
+    def go_back(guard, *arguments):
+        original(guard, *arguments)
+        turned.append((float(guard.stepper.task.turned), guard.stepper.lr_factor))
+
+    monkeypatch.setattr(Guard, "go_back", go_back)
+    poisoned = replace(spec.trainer.task_config, poisoned=(5, 6, 7))
+    monkeypatch.setattr(Pair, "after_step", lambda task, step, total: task.taken.fill_(0 if turned else step + 1))
+    pretrain(replace(spec, trainer=replace(spec.trainer, task_config=poisoned)))
+    assert turned == [(1.0, 0.25)]
+
+
+def test_three_steps_that_are_not_finite_go_back_and_slow_down(spec, monkeypatch):
+    alarm_at(monkeypatch)
+    slowed = []
+    original = Guard.go_back
+
+    def go_back(guard, *arguments):
+        original(guard, *arguments)
+        slowed.append(guard.stepper.lr_factor)
+
+    monkeypatch.setattr(Guard, "go_back", go_back)
+    monkeypatch.setattr(Pair, "after_step", lambda task, step, total: task.taken.fill_(0 if slowed else step + 1))
+    poisoned = replace(spec.trainer.task_config, poisoned=(5, 6, 7))
+    assert pretrain(replace(spec, trainer=replace(spec.trainer, task_config=poisoned))) is Outcome.FINISHED
+    rows = lines(spec.folder, "interventions.jsonl")
+    assert [(row["event"], row["step"]) for row in rows] == [
+        ("skipped", 6),
+        ("skipped", 7),
+        ("skipped", 8),
+        ("intervention", 7),
+    ]
+    assert all(len(row["cases"]) == 2 for row in rows[:3])
+    assert (rows[3]["resumed_at"], slowed) == (4, [0.5])
+    assert all(value.isfinite().all() for value in weights(spec.folder).values())
+
+
+def test_after_the_last_intervention_divergence_ends_the_run(spec, monkeypatch):
+    alarm_at(monkeypatch)
+    trainer = replace(spec.trainer, task_config=PairConfig(poisoned=(5, 6, 7)))
+    with pytest.raises(DivergedError, match="not finite in 3 steps in a row"):
+        pretrain(replace(spec, trainer=trainer))
+    rows = lines(spec.folder, "interventions.jsonl")
+    assert [row["lr_factor"] for row in rows if row["event"] == "intervention"] == [0.5, 0.25, 0.125]
+
+
+def test_a_run_stopped_after_an_intervention_goes_on_with_the_same_numbers(spec, monkeypatch):
+    alarm_at(monkeypatch, 7)
+    pretrain(spec)
+    stopped = replace(spec, folder=spec.folder.with_name("stopped"))
+    alarm_at(monkeypatch, 7)
+    original = Stepper.train_step
+
+    def train_step(stepper, batches, step):
+        if step == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return original(stepper, batches, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "train_step", train_step)
+        assert pretrain(stopped) is Outcome.STOPPED
+    assert pretrain(replace(stopped, resume=True)) is Outcome.FINISHED
+    assert all(map(torch.equal, weights(spec.folder).values(), weights(stopped.folder).values()))
+    assert (stopped.folder / "metrics.jsonl").read_bytes() == (spec.folder / "metrics.jsonl").read_bytes()
+
+
+def test_nothing_is_touched_where_it_may_only_warn(spec, monkeypatch, caplog):
+    alarm_at(monkeypatch, 7)
+    trainer = PairTrainer.configured(["health.every=1", "health.act=false"])
+    pretrain(replace(spec, trainer=trainer))
+    assert "it is sick" in caplog.text
+    assert not (spec.folder / "interventions.jsonl").exists()
+
+
+def test_a_hopeless_run_is_stopped_with_its_diagnosis(spec, monkeypatch):
+    alarm_at(monkeypatch)
+    monkeypatch.setattr(Monitor, "lost", lambda *_: "they do not find each other")
+    with pytest.raises(ValueError, match="they do not find each other"):
+        pretrain(spec)
+    (row,) = lines(spec.folder, "interventions.jsonl")
+    assert (row["event"], row["step"]) == ("stopped", 4)
+
+
+def test_the_ring_keeps_the_newest_and_forgets_a_future_that_was_given_up(tmp_path):
+    ring = Ring(tmp_path / "ring")
+    assert ring.newest() is None
+    for step in (2, 4, 6, 8, 4):
+        ring.save(step, {"network_weights": {}})
+    assert sorted(path.name for path in ring.folder.iterdir()) == ["step_000000004.pth"]
+    for step in (6, 8, 10):
+        ring.save(step, {"network_weights": {}})
+    assert [int(path.stem[5:]) for path in sorted(ring.folder.iterdir())] == [6, 8, 10]
+    assert ring.newest() == ring.path(10)
+    ring.remove()
+    assert ring.newest() is None
