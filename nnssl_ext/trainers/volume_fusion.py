@@ -103,18 +103,19 @@ class VolumeFusion(PretextTask):
         return views
 
     def forward(self, views: Views) -> StepOutput:
-        """Dice loss and cross-entropy of the classes, and the share of voxels told right beside the commonest class."""
+        """Dice loss and cross-entropy of the classes; chance is to know how often each class occurs, and no more."""
         image, classes, valid = views["image"], views["classes"], views["valid"]
         logits, _ = run_dense(self.encoder, self.decoder, image, valid, views.get("kept"))
         dice, ce = dice_ce(logits, classes, valid)
-        num_real = valid.sum().clamp(min=1)
         told = logits.detach().argmax(1, keepdim=True)
-        commonest = torch.stack([(valid & (classes == value)).sum() for value in range(logits.shape[1])]).amax()
+        counts = torch.stack([(valid & (classes == value)).sum() for value in range(logits.shape[1])])
+        shares = counts / counts.sum().clamp(min=1)
         metrics = {
             "dice_loss": dice.detach(),
             "cross_entropy": ce.detach(),
-            "accuracy": (valid & (told == classes)).sum() / num_real,
-            "accuracy_chance": commonest / num_real,
+            "cross_entropy_chance": -torch.special.xlogy(shares, shares).sum(),
+            "accuracy": (valid & (told == classes)).sum() / valid.sum().clamp(min=1),
+            "accuracy_chance": shares.amax(),
         }
         pictures = {"input": image, "share": classes, "output": told.masked_fill(~valid, 0)}
         images = None if self.training else {name: picture.to(image.dtype) for name, picture in pictures.items()}

@@ -110,7 +110,7 @@ def test_every_class_and_every_common_voxel_counts(request, patch_size, kind):
     assert torch.equal(outputs[0].grad != 0, views["valid"].expand_as(outputs[0]))
 
 
-def test_accuracy_is_the_share_told_right_and_chance_that_of_the_commonest_class(tiny_plan, patch_size):
+def test_chance_is_to_know_how_often_each_class_occurs(tiny_plan, patch_size):
     task = make_task(tiny_plan(patch_size)).eval()
     views = task.views(make_batch(patch_size), RANDOM, train=False)
     with torch.no_grad():
@@ -118,6 +118,8 @@ def test_accuracy_is_the_share_told_right_and_chance_that_of_the_commonest_class
     real = views["valid"]
     right = (output.images["output"] == views["classes"])[real].float().mean()
     counts = torch.bincount(views["classes"][real])
+    frequencies = torch.distributions.Categorical(counts.float())
+    assert output.metrics["cross_entropy_chance"].item() == pytest.approx(frequencies.entropy().item(), rel=1e-5)
     assert output.metrics["accuracy"].item() == pytest.approx(right.item())
     assert output.metrics["accuracy_chance"].item() == pytest.approx((counts.max() / counts.sum()).item())
     assert output.loss.item() == pytest.approx(
