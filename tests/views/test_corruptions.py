@@ -17,9 +17,10 @@ def shape(request) -> tuple[int, ...]:
 
 
 def z_scored(shape: tuple[int, ...], channels: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three crops, the last one padded by 3 along the first axis."""
+    """Three crops, the second one padded before the last axis, the third one after the first axis."""
     data = torch.randn(3, channels, *shape, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(3, 1, *shape, dtype=torch.bool)
+    valid[1, ..., :3] = False
     valid[2, :, -3:] = False
     return data, valid
 
