@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnssl_ext.losses.mae import masked_mse
+from nnssl_ext.losses.mae import guess_error, hidden_share, masked_l1, masked_mse
 
 SHAPES = [(2, 1, 3, 5, 4), (3, 2, 6, 7)]
 
@@ -15,14 +15,14 @@ def batch(shape: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, ...]:
     return prediction, target, hidden, valid
 
 
-def slow_masked_mse(prediction, target, hidden, valid) -> float:
+def slow_masked_error(prediction, target, hidden, valid, power=2) -> float:
     losses = []
     for b in range(len(target)):
         errors = []
         for position in torch.cartesian_prod(*map(torch.arange, target.shape[2:])).tolist():
             if hidden[(b, 0, *position)] and valid[(b, 0, *position)]:
                 errors += [
-                    float(prediction[(b, c, *position)] - target[(b, c, *position)]) ** 2
+                    abs(float(prediction[(b, c, *position)] - target[(b, c, *position)])) ** power
                     for c in range(target.shape[1])
                 ]
         losses.append(sum(errors) / len(errors))
@@ -32,7 +32,8 @@ def slow_masked_mse(prediction, target, hidden, valid) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_loops_over_voxels(shape):
     values = batch(shape)
-    assert masked_mse(*values).item() == pytest.approx(slow_masked_mse(*values), rel=1e-5)
+    assert masked_mse(*values).item() == pytest.approx(slow_masked_error(*values), rel=1e-5)
+    assert masked_l1(*values).item() == pytest.approx(slow_masked_error(*values, power=1), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -80,3 +81,24 @@ def test_half_precision_predictions_are_compared_in_full():
     loss = masked_mse(torch.zeros_like(target, dtype=torch.float16), target, everything, everything)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(10000.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chance_is_the_error_of_each_samples_visible_mean(shape):
+    """Against a mean taken sample by sample. Faults: hidden voxels or padding in the mean, or one mean for all."""
+    _, target, hidden, valid = batch(shape)
+    target = target + torch.arange(shape[0]).view(-1, *[1] * (target.ndim - 1))
+    guess = torch.empty_like(target)
+    for b, c in torch.cartesian_prod(torch.arange(shape[0]), torch.arange(shape[1])).tolist():
+        guess[b, c] = target[b, c][~hidden[b, 0] & valid[b, 0]].mean()
+    expected = slow_masked_error(guess, target, hidden, valid)
+    assert guess_error(target, hidden, valid).item() == pytest.approx(expected, rel=1e-5)
+    spoilt = torch.where(valid, target, float("nan"))
+    assert torch.equal(guess_error(spoilt, hidden, valid), guess_error(target, hidden, valid))
+
+
+def test_the_hidden_share_is_of_real_voxels():
+    hidden = torch.tensor([True, True, True, False, False, True]).view(1, 1, 6)
+    valid = torch.tensor([True, True, False, True, True, True]).view(1, 1, 6)
+    assert hidden_share(hidden, valid).item() == pytest.approx(3 / 5)
+    assert hidden_share(hidden, torch.zeros_like(valid)).item() == 0

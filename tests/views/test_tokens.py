@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnssl_ext.core.random import SampleRandom
-from nnssl_ext.views.tokens import hidden_voxels, keep_tokens, num_visible, whole_tokens
+from nnssl_ext.views.tokens import check_ratio, hidden_tokens, hidden_voxels, keep_tokens, num_visible, whole_tokens
 
 SHAPE, TOKEN = (8, 12, 20), (2, 4, 4)
 RANDOM = SampleRandom(seed=1, step=2, samples=(5, 6, 7))
@@ -86,3 +86,15 @@ def test_nothing_is_kept_of_a_crop_without_a_whole_token():
 def test_hiding_all_is_refused(valid):
     with pytest.raises(ValueError, match=r"ratio=1 must lie in \[0, 1\)"):
         keep_tokens(RANDOM, valid, TOKEN, 1)
+
+
+def test_hidden_tokens_are_those_that_are_not_kept():
+    kept = torch.tensor([[0, 3, 4], [2, -1, -1]])
+    expected = torch.tensor([[False, True, True, False, False], [True, True, False, True, True]])
+    assert torch.equal(hidden_tokens(kept, 5), expected)
+
+
+def test_a_share_that_hides_nothing_is_refused():
+    check_ratio(10, 0.06)
+    with pytest.raises(ValueError, match=r"mask_ratio=0\.04 hides none of a patch's 10 tokens: raise it"):
+        check_ratio(10, 0.04)
