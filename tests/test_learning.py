@@ -1,0 +1,138 @@
+"""The benchmark that says whether a method learns anything of its own: its arithmetic, and what it leaves undecided."""
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.learning import (
+    Difference,
+    Job,
+    case_dice,
+    compare,
+    gate,
+    make_jobs,
+    pretext_metrics,
+    protocol_of,
+    read_job,
+    summarise,
+    verdict,
+    without_nan,
+    write_table,
+)
+
+NAN = float("nan")
+
+
+def record(arm: str, level: float, seed: int) -> dict:
+    """Thirty cases around a level, of two subsets and two classes."""
+    rng = np.random.default_rng(seed)
+    cases = rng.normal(0, 0.05, 30) + level
+    dice = np.broadcast_to(cases[None, :, None], (2, 30, 2))
+    found = {
+        "probe": {"dice": without_nan(np.array(dice))},
+        "protocol": {"backbone": "cnn"},
+        "training_cpu_seconds": 100,
+    }
+    return {**found, "pretext": {"mse": [0.5, 0.9]}} if arm == "method" else found
+
+
+def results(method: float, sham: float, random: float, spread: float = 0.01) -> dict:
+    luck = {0: -spread, 1: 0.0, 2: spread}
+    rows = {("FooTrainer", "method"): method, ("FooTrainer", "sham"): sham, ("cnn", "random"): random}
+    return {
+        (name, arm, seed): record(arm, level + (luck[seed] if arm == "method" else 0), seed)
+        for (name, arm), level in rows.items()
+        for seed in luck
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "sham", "words"),
+    [(0.6, 0.45, "beats sham"), (0.44, 0.45, "does not help here"), (0.46, 0.45, "undecided")],
+)
+def test_the_verdict_follows_the_difference_to_sham_not_to_random(method, sham, words):
+    (row,) = summarise(results(method, sham, 0.35), ["FooTrainer", "AbsentTrainer"])
+    assert row["verdict"] == words
+    assert row["over_random"].mean == pytest.approx(method - 0.35)
+    assert row["over_sham"].low < method - sham < row["over_sham"].high
+
+
+def test_luck_of_seeds_makes_a_difference_undecided():
+    (row,) = summarise(results(0.52, 0.45, 0.35, spread=0.1), ["FooTrainer"])
+    assert row["verdict"] == "undecided"
+    assert row["over_sham"].undecidable_below > 0.07
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [(None, "no sham"), (Difference(0.2, 0.1, 0.3, None, 1), "undecided (one seed)")],
+)
+def test_nothing_is_decided_without_sham_or_from_one_seed(difference, words):
+    assert verdict(difference) == words
+
+
+def test_only_seeds_that_both_arms_have_are_paired():
+    arm, reference = {seed: np.full(30, 0.5 + seed) for seed in (0, 1)}, {1: np.full(30, 1.0), 2: np.zeros(30)}
+    difference = compare(arm, reference, "x")
+    assert (difference.mean, difference.num_seeds) == (pytest.approx(0.5), 1)
+    assert compare(arm, {}, "x") is None
+
+
+@pytest.mark.parametrize(
+    ("pretext", "words"),
+    [
+        ([{"mse": [0.5, 0.9]}, {"mse": [0.6, 0.9]}], "passed"),
+        ([{"mse": [0.5, 0.9]}, {"mse": [0.91, 0.9]}], "failed"),
+        ([{"accuracy": [0.5, 0.1]}], "passed"),
+        ([{"accuracy": [0.05, 0.1]}], "failed"),
+        ([{"mse": [0.5, 0.9], "accuracy": [0.05, 0.1]}], "in part"),
+        ([{}], "no chance known"),
+    ],
+)
+def test_the_gate_wants_every_seed_better_than_chance_in_its_metric_s_direction(pretext, words):
+    assert gate(pretext)[0] == words
+
+
+def test_dice_of_a_case_is_the_mean_of_what_is_defined():
+    dice = [[[0.5, None], [None, None]], [[0.7, 0.3], [None, None]]]
+    assert case_dice({"probe": {"dice": dice}}, "probe").tolist() == pytest.approx([0.5, NAN], nan_ok=True)
+    assert case_dice({"tuned": {"dice": dice[1]}}, "tuned").tolist() == pytest.approx([0.5, NAN], nan_ok=True)
+
+
+def test_pretext_metrics_are_the_last_epoch_s_with_chance(tmp_path):
+    rows = [{"val_mse": 0.8, "val_mse_chance": 0.9}, {"val_mse": 0.5, "val_mse_chance": 0.9, "val_loss": 1.0}]
+    rows[1]["same_case_retrieval"], rows[1]["same_case_retrieval_chance"] = 0.5, 0.1
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert pretext_metrics(path) == {"mse": [0.5, 0.9]}
+
+
+def test_another_protocol_is_another_job_and_survives_the_way_to_its_process():
+    protocol = protocol_of("MAETrainer", {"MAETrainer": {"steps": 20, "settings": ["optim.lr=1e-4"]}})
+    assert protocol.settings == ("block_size=8", "schedule.warmup_steps=2", "optim.lr=1e-4")
+    job = Job("MAETrainer", "method", 3, protocol, fine_tune=True)
+    assert read_job(json.dumps({**vars(job), "protocol": vars(protocol)})) == job
+    assert replace(job, protocol=protocol_of("MAETrainer", {})).key != job.key
+    with pytest.raises(ValueError, match="no field 'stepz'"):
+        protocol_of("MAETrainer", {"MAETrainer": {"stepz": 20}})
+
+
+def test_every_arm_is_asked_for_once():
+    args = Namespace(trainers=["MAETrainer"], seeds=[0, 1], settings=None, no_sham=False, fine_tune=True)
+    jobs = [(job.trainer, job.arm, job.seed, job.fine_tune) for job in make_jobs(args)]
+    random = [("", "random", seed, True) for seed in (0, 1)]
+    rest = [("MAETrainer", arm, seed, arm == "method") for seed in (0, 1) for arm in ("method", "sham")]
+    assert jobs == random + rest
+
+
+def test_the_table_shows_every_column_and_is_json_too(tmp_path):
+    rows = summarise(results(0.6, 0.45, 0.35), ["FooTrainer"])
+    text = write_table(rows, tmp_path, "the command")
+    head, line, row = text.splitlines()[:3]
+    assert head.count("|") == line.count("|") == row.count("|")
+    assert "| 0.596 | 0.446 | 0.346 | +0.250 [" in row
+    assert "mse 0.500 (chance 0.900) | passed" in row
+    assert json.loads((tmp_path / "table.json").read_text())[0]["over_sham"]["num_seeds"] == 3
