@@ -9,12 +9,14 @@ import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
+from nnssl_ext.engine.checkpoint import build_checkpoint, save_checkpoint
 from nnssl_ext.finetuning.nnunet_plans import FinetuningPlan, plan_finetuning
 from nnssl_ext.finetuning.pretrained import read_pretrained
 from nnssl_ext.finetuning.upstream import to_primus_order
 from nnssl_ext.models.primus import SegmentationPrimus, resample_positions
 from nnssl_ext.planners import primus
 from nnssl_ext.planners.primus import PrimusSize
+from nnssl_ext.trainers.mae import MAETrainer
 
 from .conftest import DATASET, checkpoint, network
 from .test_nnunet_plans import nnunet_network
@@ -193,3 +195,20 @@ def test_a_u_net_called_otherwise(labelled_dataset: Path, tmp_path: Path) -> Non
     assert all(torch.equal(state[key], value) for key, value in own.items())
     left = {row["key"] for row in plan.report["keys"] if row["status"] == "left over"}
     assert left == set(teacher)
+
+
+@pytest.mark.parametrize("patch_size", [(16, 24, 8), (24, 16)], ids=["3d", "2d"])
+def test_our_own_checkpoint_cut_down_to_upstreams_keys_keeps_its_order(
+    tmp_path: Path, tiny_vit_plan: Any, patch_size: tuple[int, ...]
+) -> None:
+    plan, trainer = tiny_vit_plan(patch_size), MAETrainer.configured([], "vit")
+    task = trainer.build_task(plan.configuration(plan.configuration_names[0]), num_cases=4)
+    content = build_checkpoint(task, trainer, plan, content_hashes=[])
+    three = {key: content[key] for key in ("network_weights", "citations", "nnssl_adaptation_plan")}
+    for name, part in (("whole.pth", content), ("three.pth", three)):
+        save_checkpoint(tmp_path / name, part)
+    whole, cut = read_pretrained(tmp_path / "whole.pth"), read_pretrained(tmp_path / "three.pth")
+    assert cut.architecture == whole.architecture
+    assert cut.position_grid == whole.position_grid
+    assert all(torch.equal(value, whole.weights[key]) for key, value in cut.weights.items())
+    assert set(whole.weights) == set(cut.weights) | set(cut.unused)
