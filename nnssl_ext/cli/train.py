@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from nnssl_ext.cli.common import command
 
 if TYPE_CHECKING:
-    from nnssl_ext.engine.run import RunSettings, RunSpec
+    from nnssl_ext.engine.run import Probe, RunSettings, RunSpec
+    from nnssl_ext.planners.plan import Configuration, Plan
 
 DESCRIPTION = "Pretrain the network of a plan on preprocessed scans, without labels."
 STOPPED = 75
@@ -112,6 +113,8 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add("--deterministic", action="store_true", help="reproducible kernels: a resumed run on a GPU is bitwise the same")
     add("--seed", type=int, default=0, help="seed of everything random (default: %(default)s)")
     add("--save_every", type=int, default=10, help="epochs between checkpoints (default: %(default)s)")
+    add("--probe_every", type=int, default=0, help="epochs between probes of the features by labels (default: never)")
+    add("--probe_dataset", help="labelled raw dataset for the probes (default: held-out cases of the dataset itself)")
     add("--no_tensorboard", action="store_true", help="write no TensorBoard events")
 
 
@@ -226,7 +229,18 @@ def _spec(args: argparse.Namespace) -> RunSpec:
         folder=run_folder(dataset.name, run_trainer_name(args, trainer.sham), plan.plans_name, configuration.name),
         settings=_settings(args),
         resume=args.resume,
+        probe=_probe(args, plan, configuration) if args.probe_every else None,
     )
+
+
+def _probe(args: argparse.Namespace, plan: Plan, configuration: Configuration) -> Probe:
+    """A probe on another dataset, or on the held-out cases of this one."""
+    from nnssl_ext.core.paths import find_dataset, raw_root
+    from nnssl_ext.dataset.manifest import Manifest
+    from nnssl_ext.downstream.during_training import make_probe
+
+    manifest = Manifest.load(find_dataset(args.probe_dataset or args.dataset, raw_root()))
+    return make_probe(manifest, plan, configuration, held_out_only=args.probe_dataset is None)
 
 
 def sampling_setting(weights: Sequence[str]) -> list[str]:
@@ -297,6 +311,7 @@ def _settings(args: argparse.Namespace) -> RunSettings:
         "num_workers": workers if args.num_workers is None else args.num_workers,
         "seed": args.seed,
         "save_every": args.save_every,
+        "probe_every": args.probe_every,
         "tensorboard": not args.no_tensorboard,
     }
     return from_dict(RunSettings, values, "command line")

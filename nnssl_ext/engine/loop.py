@@ -238,6 +238,7 @@ class _Run:
         last = progress.epoch == self.trainer.num_epochs
         if tracker is None:
             return
+        metrics |= self._probe(last)
         tracker.epoch(metrics, {"epoch": epoch, **self.speed, **self._times(loader)})
         if validation.images is not None and (epoch == 0 or last or progress.epoch % self.settings.picture_every == 0):
             tracker.reconstruction(epoch, validation.images, self.spec.configuration.spacing)
@@ -249,6 +250,12 @@ class _Run:
             self.guard.ring.remove()
         elif progress.epoch % self.settings.save_every == 0:
             self._save_latest()
+
+    def _probe(self, last: bool) -> dict[str, float]:
+        probe, every = self.spec.probe, self.settings.probe_every
+        if probe is None or not every or (self.progress.epoch % every and not last):
+            return {}
+        return dict(probe(self.stepper.task.exported_encoder.eval(), self.split.val))
 
     def _times(self, loader: PatchLoader) -> dict[str, float]:
         statistics = loader.statistics()

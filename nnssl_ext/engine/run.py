@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from nnssl_ext.core.records import to_dict, write_json
 from nnssl_ext.dataset.splits import Split
 from nnssl_ext.engine.device import Precision
 from nnssl_ext.engine.task import PretrainTrainer
+from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.preprocessing.store import Store
 
@@ -26,6 +27,10 @@ CROPS_PER_VALIDATION_CASE = 2
 """Validation sees at least two crops of each case it uses, so that a case can be retrieved from another crop."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 RECORDED_PACKAGES = ("nnssl_ext", "torch", "nnunetv2", "dynamic-network-architectures", "numpy")
+
+
+Probe = Callable[[Encoder, Sequence[str]], Mapping[str, float]]
+"""From the encoder that is exported, in eval mode, and the held-out cases, to numbers to log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +55,19 @@ class RunSettings:
     """Epochs between two checkpoints, 1 or more."""
     picture_every: int = 10
     """Epochs between two pictures of reconstructions, 1 or more; the first and the last epoch always get one."""
+    probe_every: int = 0
+    """Epochs between two probes of the features by labels, 0 or more; 0: never. The last epoch is then probed too."""
     tensorboard: bool = True
     """Whether to write TensorBoard events."""
 
     def __post_init__(self) -> None:
-        for name, least in (("save_every", 1), ("picture_every", 1), ("num_workers", 0), ("seed", 0)):
+        for name, least in (
+            ("save_every", 1),
+            ("picture_every", 1),
+            ("num_workers", 0),
+            ("seed", 0),
+            ("probe_every", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
 
@@ -77,6 +90,8 @@ class RunSpec:
     """How it is carried out."""
     resume: bool = False
     """Whether to go on with a run that is there."""
+    probe: Probe | None = None
+    """How features are probed; None: they are not, whatever the settings say."""
     memory_gb: float | None = None
     """Memory of the device in GiB; None where nobody asked."""
 

@@ -20,7 +20,7 @@ from nnssl_ext.engine.health import CaseQueue, merge
 from nnssl_ext.engine.monitors import FeatureMonitor, summarise
 from nnssl_ext.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from nnssl_ext.engine.schedules import schedule_factor
-from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput
+from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput, Views
 from nnssl_ext.loading.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -146,15 +146,17 @@ class Stepper:
                 self.observe(batch.cases, output.embeddings)
         return self._average(outputs), [case for batch in batches for case in batch.cases]
 
-    def _forward(self, batch: Batch, random: SampleRandom, train: bool, learn: bool = True) -> StepOutput:
-        batch = batch.to(self.device)
-        with torch.no_grad():
-            views = self.task.views(batch, random, train)
-            if self.trainer.sham:
-                views = self.task.sham(views, random.child("sham"))
-            views = {name: self._laid_out(view) for name, view in views.items()}
+    def _forward(self, batch: Batch, random: SampleRandom, train: bool) -> StepOutput:
+        views = self._views(batch, random, train)
         with autocast(self.precision, self.device):
-            return (self.module if train and learn else self.plain)(views)
+            return (self.module if train else self.plain)(views)
+
+    @torch.no_grad()
+    def _views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
+        views = self.task.views(batch.to(self.device), random, train)
+        if self.trainer.sham:
+            views = self.task.sham(views, random.child("sham"))
+        return {name: self._laid_out(view) for name, view in views.items()}
 
     def _update(self) -> float:
         clip = self.trainer.optim.clip or math.inf
@@ -217,9 +219,9 @@ class Stepper:
         """What the task shows of a batch of training views as it is now; it learns nothing of it."""
         self.task.eval()
         self._reseed("health", 0)
-        batch = batch.to(self.device)
-        random = SampleRandom(self.seed, 0, batch.samples).child("health")
-        return self._forward(batch, random, train=True, learn=False).embeddings
+        views = self._views(batch, SampleRandom(self.seed, 0, batch.samples).child("health"), train=True)
+        with autocast(self.precision, self.device):
+            return self.plain(views).embeddings
 
     def _average(self, outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
         names = sorted(outputs[0])

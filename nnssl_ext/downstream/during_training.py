@@ -1,0 +1,72 @@
+"""Probes while a run goes on: a few labelled cases, one subset, some seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from nnssl_ext.dataset.manifest import Manifest
+from nnssl_ext.downstream.frozen import Frozen
+from nnssl_ext.downstream.labelled import LabelledCase, read_labelled
+from nnssl_ext.downstream.probing import ProbeConfig, probe
+from nnssl_ext.engine.run import Probe
+from nnssl_ext.models.encoder import Encoder
+from nnssl_ext.planners.plan import Configuration, Plan
+
+MOST_CASES = 10
+"""Cases that a probe looks at: the first half is learned from, the rest is the test."""
+LEAST_CASES = 2
+QUICK = ProbeConfig(subset_seeds=(0,), voxels_per_case=500, bank_voxels_per_case=100)
+
+
+def make_probe(manifest: Manifest, plan: Plan, configuration: Configuration, held_out_only: bool) -> Probe:
+    """A linear probe and nearest neighbours for `engine.run.RunSpec`, as `probe_dice` and `probe_knn_dice`.
+
+    Cases are read when the first probe is due, and the same ones are looked at every time.
+
+    Args:
+        manifest: A raw dataset with labels.
+        plan: Of the run.
+        configuration: Of the run.
+        held_out_only: Whether only cases that the run holds out may be looked at: where it trains on this dataset.
+
+    Raises:
+        ValueError: If the dataset has no labels; same-case retrieval and rank are logged in any case.
+    """
+    labelled = [case.case_id for case in manifest.cases if case.label is not None]
+    if len(labelled) < LEAST_CASES:
+        raise ValueError(
+            f"{manifest.dataset_name} has {len(labelled)} labelled cases, and a probe needs {LEAST_CASES}. Name a "
+            "labelled dataset by --probe_dataset, or leave out --probe_every: rank of the features and retrieval of "
+            "a case's other crops are logged without labels"
+        )
+    cases: list[LabelledCase] = []
+
+    def run(encoder: Encoder, held_out: Sequence[str]) -> dict[str, float]:
+        if not cases:
+            cases.extend(read_labelled(manifest, _chosen(labelled, held_out_only, held_out), plan, configuration))
+        half = len(cases) // 2
+        config = replace(QUICK, num_labelled=half)
+        result = probe(Frozen(encoder, plan, configuration), cases[:half], cases[half:], config)
+        assert result.knn is not None, "neighbours are asked for"
+        return {"probe_dice": _mean(result.linear), "probe_knn_dice": _mean(result.knn)}
+
+    return run
+
+
+def _chosen(labelled: Sequence[str], held_out_only: bool, held_out: Sequence[str]) -> list[str]:
+    allowed = [case_id for case_id in labelled if not held_out_only or case_id in held_out]
+    if len(allowed) < LEAST_CASES:
+        raise ValueError(
+            f"{len(allowed)} of the held-out cases have labels, and a probe needs {LEAST_CASES}. Raise --set "
+            "val_fraction, or name another dataset by --probe_dataset"
+        )
+    return allowed[:MOST_CASES]
+
+
+def _mean(dice: np.ndarray) -> float:
+    """Of what is defined; NaN, which is logged as null, where nothing is."""
+    defined = dice[np.isfinite(dice)]
+    return float(defined.mean()) if defined.size else float("nan")

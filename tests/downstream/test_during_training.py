@@ -1,0 +1,78 @@
+"""Probes while a run goes on: when they are made, on which cases, and that training does not notice."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nnssl_ext.dataset.manifest import Manifest
+from nnssl_ext.downstream.during_training import make_probe
+from nnssl_ext.downstream.frozen import random_frozen
+from nnssl_ext.engine.checkpoint import load_checkpoint
+from nnssl_ext.engine.loop import pretrain
+from tests.engine.conftest import make_spec, preprocessed  # noqa: F401 - fixtures
+from tests.finetuning.conftest import write_raw
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_probes_come_every_other_epoch_and_at_the_end_and_change_nothing(make_spec, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("nnssl_ext.engine.tracking.Tracker.draw_progress", lambda self: None)
+    seen = []
+
+    def probe(encoder, held_out):
+        assert not encoder.training
+        seen.append(tuple(held_out))
+        return {"probe_dice": 0.5}
+
+    plain = make_spec()
+    probed = replace(make_spec(name="probed", probe_every=2), probe=probe)
+    pretrain(plain)
+    pretrain(probed)
+    assert [row.get("probe_dice") for row in rows(probed.folder)] == [None, 0.5, 0.5]
+    assert seen[0] == tuple(json.loads((probed.folder / "splits.json").read_text())["val"])
+    weights = [load_checkpoint(s.folder / "checkpoint_final.pth")["network_weights"] for s in (plain, probed)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.fixture
+def manifest(tmp_path) -> Manifest:
+    return Manifest.load(write_raw(tmp_path / "labelled"))
+
+
+def test_a_probe_gives_the_same_numbers_for_the_same_encoder(manifest, tiny_plan):
+    plan = tiny_plan()
+    configuration = plan.configuration("3d_fullres")
+    encoder = random_frozen(plan, configuration, 0).encoder
+    run = make_probe(manifest, plan, configuration, held_out_only=False)
+    first, second = run(encoder, ()), run(encoder, ())
+    assert first == second
+    assert set(first) == {"probe_dice", "probe_knn_dice"}
+    assert all(0.3 < value <= 1 for value in first.values())  # bright balls in noise are easy
+
+
+def test_only_held_out_cases_are_looked_at_where_the_run_trains_on_the_dataset(manifest, tiny_plan, monkeypatch):
+    plan = tiny_plan()
+    configuration = plan.configuration("3d_fullres")
+    read = []
+    monkeypatch.setattr(
+        "nnssl_ext.downstream.during_training.read_labelled", lambda manifest, ids, *_: read.extend(ids) or []
+    )
+    run = make_probe(manifest, plan, configuration, held_out_only=True)
+    with pytest.raises(ValueError):
+        run(None, ("ball_1", "ball_4", "unlabelled"))
+    assert read == ["ball_1", "ball_4"]
+    with pytest.raises(ValueError, match=r"1 of the held-out cases have labels.*val_fraction.*--probe_dataset"):
+        run(None, ("ball_1",))
+
+
+def test_a_dataset_without_labels_is_refused_before_training(tmp_path, tiny_plan):
+    folder = write_raw(tmp_path)
+    for label in (folder / "labelsTr").iterdir():
+        label.unlink()
+    plan = tiny_plan()
+    with pytest.raises(ValueError, match=r"has 0 labelled cases.*--probe_dataset"):
+        make_probe(Manifest.load(folder), plan, plan.configuration("3d_fullres"), held_out_only=False)
