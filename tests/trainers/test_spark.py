@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.engine.checkpoint import build_checkpoint
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.visible import scale_masks, visible_feature_maps
 from nnssl_ext.trainers.spark import Spark, SparkConfig, SparkTrainer
@@ -100,6 +101,18 @@ def test_no_alias_of_the_export_is_left_untrained(task):
         if ".all_modules.0." in name:
             assert value.data_ptr() == exported[name.replace("all_modules.0", "conv")].data_ptr()
     assert not any("densify" in name or "token" in name for name in exported)
+
+
+def test_the_checkpoint_says_how_to_adapt_it(tiny_plan, patch_size, task):
+    """Fault of a peer: no adaptation plan in the file, so that nothing can be fine-tuned from it."""
+    saved = build_checkpoint(task, SparkTrainer(), tiny_plan(patch_size), content_hashes=[])
+    adaptation, weights = saved["nnssl_adaptation_plan"], saved["network_weights"]
+    assert (adaptation["key_to_encoder"], adaptation["key_to_stem"]) == ("encoder.stages", "encoder.stem")
+    assert adaptation["recommended_downstream_patchsize"] == list(patch_size)
+    trained = task.encoder.state_dict(prefix="encoder.")
+    for name in adaptation["keys_to_in_proj"]:
+        own = trained[name.replace("encoder.", "encoder.module.", 1) + ".weight"]
+        assert torch.equal(weights[f"{name}.weight"], own)
 
 
 def test_every_scale_has_a_token_and_a_convolution(task):
