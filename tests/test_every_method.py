@@ -274,6 +274,20 @@ def test_a_stock_nnunet_loads_the_export_and_computes_the_same(trainer, plan, tm
     assert all(output.shape[1] == 3 for output in outputs)
 
 
+def test_a_sham_destroys_what_is_learned(trainer, plan):
+    """Fails where a sham hands the views back as they were, or spoils them so that the loss is no number."""
+    task = build(trainer, plan).eval()
+    batch = make_batch(task)
+    random = SampleRandom(seed=1, step=0, samples=batch.samples)
+    with torch.no_grad():
+        views = task.views(batch, random, train=False)
+        sham = task.sham(views, random.child("sham"))
+        honest, destroyed = (task(each).loss for each in (views, sham))
+    assert set(views) <= set(sham)
+    assert torch.isfinite(destroyed)
+    assert not torch.equal(honest, destroyed)
+
+
 def test_a_copy_learns_on_its_own(trainer, plan):
     """Teachers and anchors are deep copies: a copy must hold its own weights, whole, and go on without the original."""
     task = build(trainer, plan)
