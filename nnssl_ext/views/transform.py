@@ -101,18 +101,17 @@ def place_view(
 
 def apply_transform(data: Tensor, valid: Tensor, transform: SpatialTransform) -> SpatialView:
     """Resamples data (linearly) and validity (strictly) in one pass."""
-    together = torch.cat([data, valid.to(data.dtype)], dim=1)
+    sampled = data.new_empty(*data.shape[:2], *transform.size)
+    inside = valid.new_empty(len(valid), 1, *transform.size)
+    for row, flipped in transform.unmoved.items():
+        axes = [axis + 1 for axis in flipped]
+        sampled[row] = _cut(data[row], transform, row).flip(axes)
+        inside[row] = _cut(valid[row], transform, row).flip(axes)
     moved = [row for row in range(len(data)) if row not in transform.unmoved]
-    if len(moved) == len(data):
-        sampled = _interpolate(together, transform)
-    else:
-        sampled = together.new_empty(*together.shape[:2], *transform.size)
-        for row, flipped in transform.unmoved.items():
-            sampled[row] = _cut(together[row], transform, row).flip([axis + 1 for axis in flipped])
-        if moved:
-            sampled[moved] = _interpolate(together[moved], transform.of(moved))
-    inside = sampled[:, -1:] > _MIN_WEIGHT
-    return SpatialView(sampled[:, :-1].masked_fill(~inside, 0), inside, transform)
+    if moved:
+        view = _interpolate(torch.cat([data[moved], valid[moved].to(data.dtype)], dim=1), transform.of(moved))
+        sampled[moved], inside[moved] = view[:, :-1], view[:, -1:] > _MIN_WEIGHT
+    return SpatialView(sampled.masked_fill_(~inside, 0), inside, transform)
 
 
 def _interpolate(data: Tensor, transform: SpatialTransform) -> Tensor:
