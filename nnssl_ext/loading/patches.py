@@ -156,7 +156,11 @@ def _read_row(
         data[...] = 0
     if target.size:
         voxels = store.read_crop(case, start, stop, data if whole and data.dtype == opened.dtype else None, opened)
-        _check_finite(voxels, store, case)
+        if not all_finite(voxels):
+            raise CorruptCaseError(
+                f"{store.folder / (case + SUFFIX)}: holds values that are not finite, so its bytes were altered since "
+                "it was written. Delete the file and run nnssl_preprocess again: it writes what is missing."
+            )
         if voxels is not data:
             target[...] = voxels
     valid[...] = whole
@@ -167,15 +171,11 @@ def _read_row(
         target[:, altered] = 0
 
 
-def _check_finite(voxels: Voxels, store: Store, case: str) -> None:
-    """The store refuses values that are not finite, so where there are some the file has changed since.
+def all_finite(voxels: Voxels) -> bool:
+    """Whether there is neither NaN nor infinity; the store refuses them, so a file that has some was altered.
 
     As integers, numbers of one sign have the order of their magnitude, infinity above all of them and NaN above that.
     """
     width = voxels.itemsize
     above, below = np.array([np.inf, -np.inf], voxels.dtype).view(f"u{width}")
-    if voxels.view(f"i{width}").max() >= above or voxels.view(f"u{width}").max() >= below:
-        raise CorruptCaseError(
-            f"{store.folder / (case + SUFFIX)}: holds values that are not finite, so its bytes were altered since "
-            "it was written. Delete the file and run nnssl_preprocess again: it writes what is missing."
-        )
+    return bool(voxels.view(f"i{width}").max() < above and voxels.view(f"u{width}").max() < below)

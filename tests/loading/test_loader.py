@@ -14,6 +14,7 @@ import torch
 from numpy.testing import assert_array_equal
 
 from nnssl_ext.loading.loader import Batch, PatchLoader
+from nnssl_ext.loading.patches import all_finite
 from nnssl_ext.preprocessing.store import CorruptCaseError, Store
 
 SHAPES = [(20, 18, 16), (9, 30, 25), (33, 21, 17), (16, 12, 8), (14, 14, 40)]
@@ -165,6 +166,17 @@ def test_a_damaged_file_is_named(make_store, num_workers: int, damage: str) -> N
         store.entries["case_2"] = replace(store.entries["case_2"], num_bytes=path.stat().st_size)
     with loader(store, num_workers=num_workers) as broken, pytest.raises(ValueError, match=r"case_2\.b2nd: .*nnssl_p"):
         list(broken.batches(0, 9))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0, "max", "min", "tiny"])
+def test_what_is_not_finite_is_found_whatever_its_sign(dtype: type, value: float | str) -> None:
+    limits = np.finfo(dtype)
+    number = dtype(getattr(limits, value) if isinstance(value, str) else value)
+    for others in (-3, 0, 3):
+        voxels = np.full((1, 2, 3, 4), others, dtype)
+        voxels[0, 1, 2, 3] = number
+        assert all_finite(voxels) == np.isfinite(number)
 
 
 def test_errors_in_this_process_keep_their_type(make_store) -> None:
