@@ -172,3 +172,23 @@ def test_each_block_learns_more_slowly_than_the_next() -> None:
     names = ["down_projection.proj.weight", "eva.pos_embed", "eva.blocks.0.x", "eva.blocks.1.x", "eva.norm.bias"]
     scales = layer_scales([*names, "decoder.seg_layers.0.decode.0.weight"], 0.5)
     assert list(scales.values()) == pytest.approx([0.125, 0.125, 0.25, 0.5, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("decoder", ["primus", "unetr", "mlp"])
+def test_pictures_are_fine_tuned_like_volumes(
+    labelled_dataset: Path, tiny_vit_plan, tmp_path: Path, decoder: str
+) -> None:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    plan, trainer = tiny_vit_plan((24, 16)), MAETrainer.configured([], "vit")
+    task = trainer.build_task(plan.configuration("2d"), num_cases=4)
+    path = tmp_path / "flat.pth"
+    save_checkpoint(path, build_checkpoint(task, trainer, plan, content_hashes=[]))
+    planned = ready(plan_finetuning(DATASET, path, "flat", decoder=decoder, patch_size=(16, 20)))
+    assert planned.configuration == "2d"
+    stock = nnunet_trainer(planned, nnUNetTrainer)
+    stock.initialize()
+    load_pretrained_weights(stock.network, str(planned.weights_path), verbose=False)
+    outputs = stock.network(torch.zeros(2, 1, 16, 20))
+    assert [tuple(output.shape) for output in outputs] == [(2, 3, 16, 20), (2, 3, 8, 10)][: len(outputs)]
+    assert len(outputs) == (2 if decoder == "unetr" else 1)
