@@ -82,6 +82,8 @@ class MultiMAE(PretextTask):
     info = TaskInfo(
         idea="hide most of several co-registered modalities and restore each from what is left of all",
         paper="arXiv:2204.01678",
+        choose="where cases hold two or more co-registered modalities, such as MR contrasts, that one encoder should "
+        "serve.",
         encoders={"vit"},
         needs=DataNeeds(channels=2),
     )
