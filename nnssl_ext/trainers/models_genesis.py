@@ -4,9 +4,9 @@ Voxels change places within small windows (texture), intensities run through a r
 all but some boxes, are filled with noise (context). The whole network restores the whole crop; on a U-Net, encoder and
 decoder both go to fine-tuning, on a transformer, the encoder.
 
-Paper: Zhou et al. 2019 (arXiv:1908.06912). Other than there, the curves run over each crop's own range of values, for
-z-scored voxels lie outside the [0, 1] that they are made for; windows are shuffled in one pass in which they tile the
-crop, instead of ten thousand that overlap; and all noise lies within the range of the crop.
+Paper: Zhou et al. 2019 (arXiv:1908.06912). Other than there, curves and noise span each crop's usual range of values,
+for z-scored voxels lie outside the [0, 1] that they are made for; and windows are shuffled in one pass in which they
+tile the crop, instead of ten thousand that overlap.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Damage that a network learns to undo: boxes painted over, and intensities bent.
 
-Damage is done to some rows of a batch and to real voxels alone; noise and curves stay within the range of the real
-values of each channel, so nothing is clamped, however the data is scaled.
+Damage is done to some rows of a batch and to real voxels alone. Noise and curves span the usual range of each channel's
+real values, whatever their scale; nothing is clamped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from nnssl_ext.views.transform import columns, valid_box
 
 _CURVE_NODES = 512
 """Points that a curve is tabulated at."""
+_MOST_SORTED = 2**17
+"""Voxels of a crop, about, from which the usual range of its values is taken."""
+_RARE = 0.005
+"""Share of the values on either side that the usual range leaves out."""
 _SEEDS = 2**62
 _TINY = 1e-6
 Change = Callable[[Tensor, Tensor, SampleRandom], Tensor]
@@ -120,7 +124,7 @@ def cut_out(
 
 
 def fill_with_noise(data: Tensor, valid: Tensor, hidden: Tensor, random: SampleRandom) -> Tensor:
-    """Uniform noise between the smallest and the largest real value of each channel, where hidden.
+    """Uniform noise over the usual range of each channel, where hidden.
 
     Args:
         data: (B, C, *patch).
@@ -128,15 +132,26 @@ def fill_with_noise(data: Tensor, valid: Tensor, hidden: Tensor, random: SampleR
         hidden: (B, 1, *patch), bool.
         random: Keyed by sample.
     """
-    low, high = value_range(data, valid)
+    low, high = usual_range(data, valid)
     return torch.where(hidden, low + random_voxels(data, random) * (high - low), data)
 
 
-def value_range(data: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest real value of each channel, (B, C, 1, ...)."""
-    axes = tuple(range(2, data.dim()))
-    low = data.masked_fill(~valid, torch.inf).amin(axes, keepdim=True)
-    return low, data.masked_fill(~valid, -torch.inf).amax(axes, keepdim=True)
+def usual_range(data: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The range that holds all but the lowest and the highest half percent of each channel's real values.
+
+    A few bright vessels may lie at ten standard deviations, and a range that reaches there is empty for the most part.
+    Of large crops evenly spaced voxels are looked at.
+
+    Returns:
+        Its ends, each (B, C, 1, ...).
+    """
+    step = max(1, valid[0].numel() // _MOST_SORTED)
+    real = valid.flatten(2)[..., ::step]
+    values = data.flatten(2)[..., ::step].masked_fill(~real, torch.inf).sort(2).values
+    last = (real.sum(2, keepdim=True) - 1).clamp(min=0).expand(-1, data.shape[1], -1)
+    ends = [values.gather(2, (last * share).round().long()) for share in (_RARE, 1 - _RARE)]
+    low, high = (end.view(*end.shape, *[1] * (data.dim() - 3)) for end in ends)
+    return low, high
 
 
 def random_voxels(like: Tensor, random: SampleRandom) -> Tensor:
@@ -148,10 +163,11 @@ def random_voxels(like: Tensor, random: SampleRandom) -> Tensor:
 
 
 def bend_intensities(data: Tensor, valid: Tensor, random: SampleRandom) -> Tensor:
-    """Every channel through a random cubic Bézier curve from its own range onto itself, inverted half of the time.
+    """Every channel through a random cubic Bézier curve from its usual range onto itself, inverted half of the time.
 
     The non-linear transformation of Models Genesis (Zhou et al. 2019, arXiv:1908.06912). Its curves are made for values
-    in [0, 1]: each channel is brought there by its smallest and largest real value and mapped back afterwards.
+    in [0, 1]: each channel's usual range is brought there and mapped back afterwards. What lies beyond either end stays
+    as far beyond it, or beyond the other one where the channel is inverted, so no two values become one.
 
     Args:
         data: (B, C, *patch), on any scale.
@@ -159,11 +175,12 @@ def bend_intensities(data: Tensor, valid: Tensor, random: SampleRandom) -> Tenso
         random: Keyed by sample.
     """
     channels = data.shape[1]
-    low, high = value_range(data, valid)
+    low, high = usual_range(data, valid)
     unit = (data - low) / (high - low).clamp(min=_TINY)
     controls = torch.from_numpy(random.uniform("controls", shape=(channels, 2, 2))).to(data.device)
     inverted = torch.from_numpy(random.bernoulli("inverted", 0.5, (channels,))).to(data.device)
-    bent = bezier(unit.flatten(2), controls).view_as(unit)
+    inside = unit.clamp(0, 1)
+    bent = bezier(inside.flatten(2), controls).view_as(unit) + (unit - inside)
     return low + torch.where(columns(inverted, data.dim() - 2), 1 - bent, bent) * (high - low)
 
 
@@ -174,7 +191,7 @@ def bezier(values: Tensor, controls: Tensor) -> Tensor:
     rising one.
 
     Args:
-        values: (..., N), read as if within [0, 1].
+        values: (..., N), in [0, 1].
         controls: (..., 2, 2): two control points, each (x, y) in the unit square.
 
     Returns:
