@@ -148,12 +148,22 @@ def test_another_width_is_refused(tmp_path: Path) -> None:
 
 def test_keys_that_belong_nowhere_are_refused_unless_ignored(tmp_path: Path) -> None:
     content = checkpoint()
-    content["network_weights"] = {**content["network_weights"], "projector.0.weight": torch.zeros(2, 2)}
+    content["network_weights"] = {**content["network_weights"], "encoder.extra.0.weight": torch.zeros(2, 2)}
     source = pretrained(tmp_path, content)
-    with pytest.raises(ValueError, match=r"projector\.0\.weight \(2, 2\).*--ignore_keys projector"):
+    with pytest.raises(ValueError, match=r"encoder\.extra\.0\.weight \(2, 2\).*--ignore_keys encoder"):
         adapt_weights(source, network())
-    adapted = adapt_weights(source, network(), ignore=("projector",))
-    assert [row.note for row in adapted.rows if row.key == "projector.0.weight"] == ["ignored on request"]
+    adapted = adapt_weights(source, network(), ignore=("encoder.extra",))
+    assert [row.note for row in adapted.rows if row.key == "encoder.extra.0.weight"] == ["ignored on request"]
+
+
+def test_what_lies_beside_upstreams_network_is_listed_and_left(tmp_path: Path) -> None:
+    content = checkpoint()
+    content["network_weights"] = {**content["network_weights"], "projector.0.weight": torch.zeros(2, 2)}
+    rows = {row.key: row for row in adapt_weights(pretrained(tmp_path, content), network()).rows}
+    assert (rows["projector.0.weight"].status, rows["projector.0.weight"].note) == (
+        "left over",
+        "serves the pretraining alone",
+    )
 
 
 def test_a_deeper_encoder_in_the_checkpoint_is_refused(tmp_path: Path) -> None:
