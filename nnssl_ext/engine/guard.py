@@ -46,7 +46,6 @@ class Guard:
         self.stepper, self.folder, self.main = stepper, folder, main
         self.monitor = Monitor(stepper.trainer.health, total)
         self.ring, self.interval = Ring(folder / "ring"), Ring.interval(total)
-        self.validated_at = 0
         stepper.observe = self.monitor.observe
 
     def begin(
@@ -202,8 +201,7 @@ class Guard:
         if not validation.queue:
             return {}
         retrieval = Retrieval.of(validation.queue)
-        verdict = self.monitor.lost(retrieval, step, self.validated_at)
-        self.validated_at = step
+        verdict = self.monitor.lost(retrieval, step, step - self.stepper.trainer.steps_per_epoch)
         if verdict and self.monitor.config.act:
             self._write({"step": step, "event": "stopped", "diagnosis": verdict})
             raise ValueError(verdict)

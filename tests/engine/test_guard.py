@@ -244,6 +244,25 @@ def test_a_hopeless_run_is_stopped_with_its_diagnosis(spec, monkeypatch):
     assert (row["event"], row["step"]) == ("stopped", 4)
 
 
+def test_a_run_is_judged_once_also_when_it_was_resumed(spec, monkeypatch):
+    """A resumed run must not ask again long after a tenth of the run is over."""
+    alarm_at(monkeypatch)
+    asked = []
+    monkeypatch.setattr(Monitor, "lost", lambda monitor, now, step, before: asked.append((before, step)) or "")
+    original = Stepper.train_step
+
+    def train_step(stepper, batches, step):
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return original(stepper, batches, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "train_step", train_step)
+        pretrain(spec)
+    pretrain(replace(spec, resume=True))
+    assert asked == [(0, 4), (4, 8), (8, 12)]
+
+
 def test_the_ring_keeps_the_newest_and_forgets_a_future_that_was_given_up(tmp_path):
     ring = Ring(tmp_path / "ring")
     assert ring.newest() is None
