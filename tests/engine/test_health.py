@@ -146,7 +146,7 @@ UNTRAINED = {**HEALTHY, "between_share": 0.2, "mutual_information": 0.01, "mutua
         ({"mutual_information_share": 0.01}, 0, "mutual_information", ("sharpen",), False, False),
         ({"rank": 0.2}, 0, "rank", ("spread",), False, False),
         ({"rank": 0.1}, 0, "rank", ("spread",), True, True),
-        ({"between_share": 0.17}, 0, "between_share", ("spread",), False, False),
+        ({"between_share": 0.09}, 0, "between_share", ("spread",), False, False),
         ({"between_share": 0.04}, 0, "between_share", ("spread",), True, True),
         ({"token_spread": 0.14}, 0, "token_spread", ("anchor",), False, True),
     ],
