@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from nnssl_ext.cli.train import STOPPED, free_memory, main, parser, run_trainer_name, sampling_setting
+from nnssl_ext.cli.train import _spec as make_spec
 from nnssl_ext.core.records import read_json
 from tests.engine.conftest import preprocessed  # noqa: F401 - a fixture
+from tests.finetuning.conftest import write_raw
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -164,6 +166,15 @@ class TestOnData:
         error = capsys.readouterr().err
         assert words in error
         assert "Traceback" not in error
+
+    def test_probes_are_made_on_another_dataset_where_one_is_named(self, roots, capsys):
+        write_raw(roots / "raw")
+        words = ["999", "3d_fullres", "-device", "cpu", "--probe_every", "2", "--probe_dataset", "7"]
+        spec = make_spec(parser().parse_args(words))
+        assert (spec.probe is not None, spec.settings.probe_every) == (True, 2)
+        assert make_spec(parser().parse_args(words[:4])).probe is None
+        assert run(*words[:-1], "8") == 2
+        assert "no dataset '8'" in capsys.readouterr().err
 
     def test_an_unknown_configuration_lists_those_there_are(self, capsys):
         assert run("999", "3d_lowres", *self.QUICK) == 2
