@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch import nn
 
 from nnssl_ext.models.encoder import Encoder
@@ -50,6 +51,16 @@ def token_level(strides: Sequence[Sequence[int]], size: Sequence[int]) -> int:
     least = [min(edge // step for edge, step in zip(size, stride, strict=True)) for stride in strides]
     fitting = [level for level, positions in enumerate(least) if positions >= MIN_TOKENS_PER_AXIS]
     return fitting[-1] if fitting else least.index(max(least))
+
+
+def descriptor(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One vector an image: the mean of the deepest map (B, C, *size) over its positions, (B, C), float32."""
+    return maps[-1].float().flatten(2).mean(2)
+
+
+def flat_tokens(features: torch.Tensor) -> torch.Tensor:
+    """A feature map (B, D, *size) as tokens (B, N, D), the last axis fastest."""
+    return features.flatten(2).transpose(1, 2)
 
 
 def export_network(configuration: Configuration, encoder: Encoder, decoder: nn.Module | None = None) -> nn.Module:

@@ -8,10 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nnssl_ext.models.centre import Centre
-
-EPS = 1e-6
-"""Of a squared mean, added to the variance: what float32 leaves of it."""
 WEIGHT_STD = 0.02
 """Initial spread of linear layers, the papers'."""
 
@@ -19,10 +15,8 @@ WEIGHT_STD = 0.02
 class PrototypeHead(nn.Module):
     """The head of DINO (arXiv:2104.14294): a perceptron, a normalised bottleneck, and similarities to prototypes.
 
-    Prototypes have length 1 (the last layer's gain is frozen). Two things differ from the paper. Features are first
-    standardised by running moments: what pooling leaves of an instance-normalised network is nearly the same for all
-    images (a cosine of .99), and a batch of 2 to 8 has no moments of its own worth the name. And hidden layers are
-    normalised (LayerNorm, which depends on no batch). Float32 throughout.
+    Prototypes have length 1 (the last layer's gain is frozen). Other than in the paper, hidden layers are normalised
+    (LayerNorm, which depends on no batch). Float32 throughout.
 
     Args:
         width: Of the features.
@@ -52,27 +46,15 @@ class PrototypeHead(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], self.bottleneck_width))
         self.weight = nn.Parameter(torch.randn(num_prototypes, self.bottleneck_width))
         self.register_buffer("moving", torch.zeros(()))
-        self.moments = Centre(2 * width)
         for module in self.layers:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=WEIGHT_STD)
                 nn.init.zeros_(module.bias)
 
-    def observe(self, features: torch.Tensor, counted: torch.Tensor | None = None) -> None:
-        """Collects features (..., width) for the moments; those that count (...). `moments.update` takes them up."""
-        features = features.detach().float()
-        self.moments.collect(torch.cat([features, features.square()], -1), counted)
-
     def embed(self, features: torch.Tensor) -> torch.Tensor:
         """The bottleneck of features (..., width): (..., bottleneck), of length 1, float32."""
         with torch.autocast(features.device.type, enabled=False):
-            return functional.normalize(self.layers(self.standardised(features.float())), dim=-1)
-
-    def standardised(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (..., width) less their running mean, over their running deviation; as they are at the start."""
-        mean, square = self.moments().chunk(2)
-        variance = (square - mean.square()).clamp(min=0) + EPS * (EPS + mean.square())
-        return (features - mean) / torch.where(self.moments.weight > 0, variance.sqrt(), 1)
+            return functional.normalize(self.layers(features.float()), dim=-1)
 
     def scores(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Cosines of embeddings (..., bottleneck) with the prototypes: (..., K), float32, in [-1, 1]."""

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.engine.alarms import Response
 from nnssl_ext.engine.monitors import token_spread
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -31,7 +32,6 @@ from nnssl_ext.engine.task import (
     Embeddings,
     PretextTask,
     PretrainTrainer,
-    Response,
     StepOutput,
     TaskInfo,
     Views,
@@ -42,12 +42,13 @@ from nnssl_ext.losses.gram import gram_loss
 from nnssl_ext.losses.ibot import ibot_loss
 from nnssl_ext.losses.koleo import koleo
 from nnssl_ext.losses.sinkhorn import sinkhorn
-from nnssl_ext.models.backbone import build_encoder, export_network, token_level
+from nnssl_ext.models.backbone import build_encoder, descriptor, export_network, flat_tokens, token_level
 from nnssl_ext.models.ema import Teacher, ema_momentum
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.models.heads import PrototypeHead
 from nnssl_ext.models.hidden import HiddenTokens
 from nnssl_ext.models.queue import EMPTY, FeatureQueue, all_rows, case_keys
+from nnssl_ext.models.standardise import Standardise
 from nnssl_ext.models.targets import Targets, check_balance, num_ranks, prototypes_for, rank
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -90,8 +91,8 @@ class DINOConfig:
     """Of the running centre, in [0, 1); never above the teacher's, so that it forgets as fast."""
     ema: tuple[float, float] = (0.992, 0.9995)
     """The teacher's momentum at the start and at the end, each in [0, 1)."""
-    short_ema: tuple[float, float] = (0.98, 0.996)
-    """The same in runs shorter than `short_run`, which a slow teacher would outlast."""
+    short_ema: tuple[float, float] = (0.996, 0.999)
+    """The same in runs shorter than `short_run`. With .98 targets on 54 small volumes became all alike."""
     short_run: int = 5000
     """In optimiser steps, 0 or more."""
     freeze_steps: int = 1500
@@ -186,7 +187,9 @@ class DINO(PretextTask):
         self.volumes = configuration.batch_size * num_ranks()
         if config.centring == "sinkhorn":
             check_balance("centring", NUM_GLOBALS * self.volumes, self.num_prototypes, DESCRIPTORS_PER_PROTOTYPE)
-        self.head = PrototypeHead(self.encoder.channels[-1], self.num_prototypes)
+        width = self.encoder.channels[-1]
+        self.standard, self.teacher_standard = Standardise(width), Standardise(width)
+        self.head = PrototypeHead(width, self.num_prototypes)
         self.targets = Targets(self.num_prototypes, config.teacher_temperature[0], BALANCE[config.centring])
         self.teacher = Teacher(encoder=self.encoder, head=self.head)
 
@@ -208,30 +211,28 @@ class DINO(PretextTask):
         size, temperature = len(views["case"]), self.config.student_temperature
         with torch.no_grad():
             theirs = self.teacher.encoder(_joined(views, "target" if "target0" in views else "global"))
-            scores = self.teacher.head(descriptor(theirs))
+            asked = descriptor(theirs)
+            scores = self.teacher.head(self.teacher_standard(asked))
             targets = self.targets(scores).unflatten(0, (-1, size))
         ours = self.encoder(_joined(views, "global"))
         pooled = [descriptor(ours)]
         if self.config.crops.num_locals:
             pooled.append(descriptor(self.encoder(_joined(views, "local"))))
         descriptors = torch.cat(pooled).unflatten(0, (-1, size))
-        embedded = self.head.embed(descriptors)
+        embedded = self.head.embed(self.standard(descriptors))
         logits = self.targets.close(self.head.scores(embedded))
         losses, metrics = self._more(views, ours, theirs, descriptors)
         losses["dino"] = (1.0, dino_loss(logits, targets, temperature))
         if self.training:
             self.targets.centre.collect(scores)
-            self.head.observe(descriptors)
-        known, chance = known_case(logits, targets, views["case"], temperature)
+            self.standard.collect(descriptors)
+            self.teacher_standard.collect(asked)
+        metrics |= {f"{name}_loss": loss.detach() for name, (_, loss) in losses.items()}
+        metrics["known_case"], metrics["known_case_chance"] = known_case(logits, targets, views["case"], temperature)
+        metrics["teacher_temperature"] = self.targets.temperature.clone()
         return StepOutput(
             loss=torch.stack([weight * loss for weight, loss in losses.values()]).sum(),
-            metrics=metrics
-            | {f"{name}_loss": loss.detach() for name, (_, loss) in losses.items()}
-            | {
-                "known_case": known,
-                "known_case_chance": chance,
-                "teacher_temperature": self.targets.temperature.clone(),
-            },
+            metrics=metrics,
             embeddings=Embeddings(
                 first=embedded[0].detach(),
                 second=embedded[1].detach(),
@@ -270,7 +271,8 @@ class DINO(PretextTask):
                 module.update(centre_momentum, temperature)
             elif isinstance(module, PrototypeHead):
                 module.moving.fill_(float(moving))
-                module.moments.update(centre_momentum)
+            elif isinstance(module, Standardise):
+                module.update()
         self.teacher.follow(momentum, **{name: self.get_submodule(name) for name, _ in self.teacher.named_children()})
 
     def respond(self, response: Response) -> str:
@@ -345,6 +347,7 @@ class DINOv2(DINO):
         width, block = self.encoder.channels[self.level], config.mask_block ** len(self.grid)
         num_tokens = prod(self.grid)
         self.most_hidden = min(num_tokens, ceil(config.mask_ratio[1] * num_tokens) + block)
+        self.token_standard, self.teacher_token_standard = Standardise(width), Standardise(width)
         self.token_head = PrototypeHead(width, self.num_prototypes)
         self.token_targets = Targets(self.num_prototypes, config.teacher_temperature[0], BALANCE[config.ibot_centring])
         self.teacher.add(token_head=self.token_head)
@@ -401,14 +404,16 @@ class DINOv2(DINO):
         image = torch.stack([views["global0"], views["global1"]])[views["masked_view"], row]
         student = flat_tokens(self.fill_in(self.encoder, image, hidden))
         with torch.no_grad():
-            embedded = self.teacher.token_head.embed(chosen.take_along_dim(place, 1))
+            asked = chosen.take_along_dim(place, 1)
+            embedded = self.teacher.token_head.embed(self.teacher_token_standard(asked))
             scores = self.teacher.token_head.scores(embedded)
             targets = self.token_targets(scores, counted, self._earlier_tokens())
         student = student.take_along_dim(place, 1)
-        logits = self.token_targets.close(self.token_head(student))
+        logits = self.token_targets.close(self.token_head(self.token_standard(student)))
         if self.training:
             self.token_targets.centre.collect(scores, counted)
-            self.token_head.observe(student, counted)
+            self.token_standard.collect(student, counted)
+            self.teacher_token_standard.collect(asked, counted)
             keys = torch.where(counted, views["case"][:, None], EMPTY)
             self.token_queue.push(all_rows(embedded.flatten(0, 1)), all_rows(keys.flatten()))
         return ibot_loss(logits, targets, counted, self.config.student_temperature)
@@ -451,16 +456,6 @@ class DINOv2(DINO):
             self._cast_anchor()
             return "tokens anchored to the teacher as it is now"
         return super().respond(response)
-
-
-def descriptor(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One vector an image: the mean of the deepest map (B, C, *size) over its positions, (B, C), float32."""
-    return maps[-1].float().flatten(2).mean(2)
-
-
-def flat_tokens(features: torch.Tensor) -> torch.Tensor:
-    """A feature map (B, D, *size) as tokens (B, N, D), the last axis fastest."""
-    return features.flatten(2).transpose(1, 2)
 
 
 def _joined(views: Views, kind: str) -> torch.Tensor:
