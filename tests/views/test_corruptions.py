@@ -172,11 +172,14 @@ def test_curves_rise_from_0_to_1_whatever_the_controls():
 
 
 def test_bent_z_scores_keep_their_order_and_their_usual_range(shape):
-    """Catches a curve applied to z-scores as they are: of those, two thirds lie outside [0, 1] and would be clamped."""
+    """Catches a curve applied to z-scores as they are: of those, two thirds lie outside [0, 1] and would be clamped.
+
+    What lies beyond the usual range stays as far beyond it.
+    """
     data, valid = z_scored(shape)
     low, high = usual_range(data, valid)
     bent = bend_intensities(torch.where(valid, data, 1e4), valid, RANDOM)
-    directions = set()
+    directions, num_beyond = set(), 0
     for row in range(3):
         for channel in range(2):
             before, after = data[row, channel][valid[row, 0]], bent[row, channel][valid[row, 0]]
@@ -188,8 +191,13 @@ def test_bent_z_scores_keep_their_order_and_their_usual_range(shape):
             ends = [float(end[row, channel]) for end in (low, high)]
             found = [float(after[before == end][0]) for end in ends]
             assert found == pytest.approx(ends if rising else ends[::-1], abs=1e-4)
+            beyond = (before < ends[0]) | (before > ends[1])
+            num_beyond += int(beyond.sum())
+            as_far = before if rising else sum(ends) - before
+            torch.testing.assert_close(after[beyond], as_far[beyond], atol=1e-4, rtol=0)
             assert not torch.allclose(after, before, atol=0.05)
     assert directions == {True, False}
+    assert num_beyond > 0
 
 
 def test_the_usual_range_leaves_out_what_is_rare():
