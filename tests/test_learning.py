@@ -8,20 +8,16 @@ import numpy as np
 import pytest
 
 from benchmarks.learning import (
-    Difference,
     Job,
-    case_dice,
-    compare,
-    gate,
     make_jobs,
     pretext_metrics,
     protocol_of,
     read_job,
     summarise,
-    verdict,
     without_nan,
     write_table,
 )
+from nnssl_ext.evaluation.learning import Difference, case_dice, compare, gate, verdict
 
 NAN = float("nan")
 
