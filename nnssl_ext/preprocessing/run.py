@@ -20,7 +20,7 @@ from nnssl_ext.dataset.integrity import content_hash
 from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.fingerprint.foreground import FOREGROUND_RULE
 from nnssl_ext.fingerprint.record import FINGERPRINT_FILE, Fingerprint
-from nnssl_ext.imageio import read_image, read_segmentation
+from nnssl_ext.imageio import read_image, read_segmentation_of
 from nnssl_ext.imageio.geometry import Geometry
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.preprocessing.case import preprocess_array
@@ -64,7 +64,7 @@ def preprocess_case(
     hashes, grid = [content_hash(channel) for channel in image], grid_code(image.shape[1:], geometry)
     try:
         mask = case.anonymization_mask
-        altered = None if mask is None else read_segmentation(mask)[0] != 0
+        altered = None if mask is None else read_segmentation_of(mask, image.shape[1:], geometry) != 0
         result = preprocess_array(image, geometry.spacing, plan, configuration, device, altered)
         del image  # the raw and the finished volume are not needed together
         return write_case(
@@ -184,6 +184,7 @@ def preprocess_dataset(
         todo = {case.case_id: (case, *arguments) for case in cases if case.case_id not in done}
         logger.info("%s: %d cases are there, %d to preprocess", folder.name, len(done), len(todo))
         failed |= _run(folder, settings, done, todo, executor)
+        _clear(folder, everything=False)
         _judge(failed, len(done), skip_failed)
         write_index(folder, Index(settings=settings, entries=done, failed=failed))
         (folder / JOURNAL_FILE).unlink(missing_ok=True)
