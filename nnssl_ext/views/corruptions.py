@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
+from math import gcd, prod
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +79,8 @@ def paint_boxes(
     edges = ((low + draw("sides") * (high - low)) * torch.tensor(size, device=device)).round().clamp(min=1)
     edges = torch.minimum(edges, extent)
     first = lower + torch.minimum((draw("places") * (extent - edges + 1)).floor(), extent - edges)
-    count = torch.from_numpy(random.integers("number", number[0], most + 1)).to(device)
-    edges = edges * (torch.arange(most, device=device) < count.unsqueeze(1)).unsqueeze(2)
+    drawn = torch.from_numpy(random.integers("number", number[0], most + 1)).to(device)
+    edges = edges * (torch.arange(most, device=device) < drawn.unsqueeze(1)).unsqueeze(2)
     voxels = [torch.arange(edge, device=device) for edge in size]
     within = [
         (voxel >= start.unsqueeze(2)) & (voxel < (start + edge).unsqueeze(2))
@@ -140,18 +142,28 @@ def usual_range(data: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """The range that holds all but the lowest and the highest half percent of each channel's real values.
 
     A few bright vessels may lie at ten standard deviations, and a range that reaches there is empty for the most part.
-    Of large crops evenly spaced voxels are looked at.
+    Of large crops evenly spaced voxels are looked at, as often in every plane across any axis.
 
     Returns:
-        Its ends, each (B, C, 1, ...).
+        Its ends, each (B, C, 1, ...); 0 and 1 where no real voxel is looked at.
     """
-    step = max(1, valid[0].numel() // _MOST_SORTED)
+    step = _sparse_step(valid.shape[2:])
     real = valid.flatten(2)[..., ::step]
     values = data.flatten(2)[..., ::step].masked_fill(~real, torch.inf).sort(2).values
-    last = (real.sum(2, keepdim=True) - 1).clamp(min=0).expand(-1, data.shape[1], -1)
-    ends = [values.gather(2, (last * share).round().long()) for share in (_RARE, 1 - _RARE)]
+    number = real.sum(2, keepdim=True)
+    last = (number - 1).clamp(min=0).expand(-1, data.shape[1], -1)
+    ends = [
+        values.gather(2, (last * share).round().long()).masked_fill(number == 0, empty)
+        for share, empty in ((_RARE, 0), (1 - _RARE, 1))
+    ]
     low, high = (end.view(*end.shape, *[1] * (data.dim() - 3)) for end in ends)
     return low, high
+
+
+def _sparse_step(size: Sequence[int]) -> int:
+    """Every how many-th voxel is looked at: a number without a factor in common with an edge, so no place is missed."""
+    total = prod(size)
+    return next(step for step in count(max(1, total // _MOST_SORTED)) if gcd(step, total) == 1)
 
 
 def random_voxels(like: Tensor, random: SampleRandom) -> Tensor:
