@@ -141,10 +141,11 @@ class CaseQueue:
         names = list(self.rows[keys[0]]) if keys else []
         return {"keys": keys, **{name: torch.stack([self.rows[key][name] for key in keys]).cpu() for name in names}}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state` gave."""
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Takes up what `state` gave, on the device that later rows will come from: rows of two cannot be stacked."""
         names = [name for name in state if name != "keys"]
-        self.rows = {key: {name: state[name][row] for name in names} for row, key in enumerate(state["keys"])}
+        values = {name: state[name].to(device) for name in names}
+        self.rows = {key: {name: values[name][row] for name in names} for row, key in enumerate(state["keys"])}
 
 
 def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -285,9 +286,9 @@ class Monitor:
             "history": self.history,
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state` gave."""
-        self.queue.load_state(state["queue"])
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Takes up what `state` gave, on the device of training."""
+        self.queue.load_state(state["queue"], device)
         self.untrained, self.settled = dict(state["untrained"]), dict(state["settled"])
         self.retrieval = None if state["retrieval"] is None else Retrieval(**state["retrieval"])
         self.flat_since, self.quiet_until = state["flat_since"], state["quiet_until"]

@@ -160,7 +160,7 @@ class _Run:
         resume = load_checkpoint(path)["resume"]
         self.stepper.task.load_state_dict(resume["task"])
         self.stepper.load_state(resume)
-        self.guard.monitor.load_state(resume["health"])
+        self.guard.monitor.load_state(resume["health"], self.device)
         return Progress.from_state(resume["progress"])
 
     def run(self) -> Outcome:

@@ -23,6 +23,7 @@ from nnssl_ext.engine.health import (
 from nnssl_ext.engine.task import Embeddings
 
 CONFIG = HealthConfig()
+CPU = torch.device("cpu")
 
 
 def embeddings(rows: int, generator: torch.Generator, noise: float = 0.1, width: int = 16) -> Embeddings:
@@ -118,10 +119,20 @@ def test_a_queue_goes_on_from_its_state_and_ranks_make_one_queue():
     for part, rows in zip(parts, (slice(0, 3), slice(3, 6)), strict=True):
         part.add(names[rows], Embeddings(**{name: value[rows] for name, value in vars(shown).items()}))
     resumed = CaseQueue(8)
-    resumed.load_state(whole.state())
+    resumed.load_state(whole.state(), CPU)
     expected = merge([whole.state()])
     for other in (merge([part.state() for part in reversed(parts)]), merge([resumed.state()])):
         assert all(torch.equal(other[name], expected[name]) for name in expected)
+
+
+def test_a_resumed_queue_lies_where_new_rows_come_from():
+    """Rows that stay on the CPU, where a checkpoint is read, cannot be stacked with those of a step on a GPU."""
+    before, after = CaseQueue(8), CaseQueue(8)
+    before.add(["old"], Embeddings(first=torch.ones(1, 3), second=torch.ones(1, 3)))
+    elsewhere = torch.device("meta")
+    after.load_state(before.state(), elsewhere)
+    after.add(["new"], Embeddings(first=torch.ones(1, 3, device=elsewhere), second=torch.ones(1, 3, device=elsewhere)))
+    assert {value.device for row in after.rows.values() for value in row.values()} == {elsewhere}
 
 
 HEALTHY = {
@@ -210,7 +221,7 @@ def test_interventions_are_counted_and_survive_a_checkpoint():
         assert watching.may_intervene
         watching.intervened(step, step, {"responses": []})
     resumed = Monitor(watching.config, 1000)
-    resumed.load_state(watching.state())
+    resumed.load_state(watching.state(), CPU)
     assert not resumed.may_intervene
     assert resumed.untrained == watching.untrained
     assert str(resumed.state()) == str(watching.state())
