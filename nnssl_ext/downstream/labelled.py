@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nnssl_ext.dataset.manifest import Manifest
-from nnssl_ext.imageio import read_image, read_segmentation
+from nnssl_ext.imageio import read_image, read_segmentation_of
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.preprocessing.case import preprocess_array
 from nnssl_ext.preprocessing.labels import resample_labels
@@ -45,7 +45,7 @@ def read_labelled(
 
     Raises:
         FileNotFoundError: If a case has no label, or a file is missing.
-        ValueError: If a case is unknown, or image and label differ in shape.
+        ValueError: If a case is unknown, or image and label differ in shape or place.
     """
     return [_read(manifest, case_id, plan, configuration) for case_id in case_ids]
 
@@ -55,11 +55,7 @@ def _read(manifest: Manifest, case_id: str, plan: Plan, configuration: Configura
     if case.label is None:
         raise FileNotFoundError(f"{manifest.dataset_name}: case {case_id} has no label, which a probe needs")
     image, geometry = read_image(case.images)
-    labels, _ = read_segmentation(case.label)
-    if labels.shape != image.shape[1:]:
-        raise ValueError(
-            f"{case.label} has shape {labels.shape}, its image {image.shape[1:]}: they do not belong together"
-        )
+    labels = read_segmentation_of(case.label, image.shape[1:], geometry)
     prepared = preprocess_array(image, geometry.spacing, plan, configuration)
     axes = configuration.transpose_forward
     box = tuple(slice(*side) for side in prepared.properties["bbox_used_for_cropping"])

@@ -79,6 +79,30 @@ def read_segmentation(path: Path) -> tuple[np.ndarray, Geometry]:
     return labels.astype(np.uint8 if narrow else np.int16), Geometry.from_nnunet_properties(properties)
 
 
+def read_segmentation_of(path: Path, shape: tuple[int, ...], geometry: Geometry) -> np.ndarray:
+    """Reads the label map or mask of an image that has been read.
+
+    Args:
+        path: Its file.
+        shape: (Z, Y, X) of the image.
+        geometry: Of the image.
+
+    Returns:
+        The labels, as `read_segmentation` gives them.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If it cannot be read, or lies in another place than the image.
+    """
+    labels, placed = read_segmentation(path)
+    if labels.shape != shape or not placed.same_place(geometry):
+        raise ValueError(
+            f"{path} and its image do not lie in the same place: its shape is {labels.shape} with {placed}, the "
+            f"image's {tuple(shape)} with {geometry}. Resample it to the image, or correct its header"
+        )
+    return labels
+
+
 def _require_same(first: Path, reference: Header, file: Path, header: Header) -> None:
     if header.shape != reference.shape or header.num_components != reference.num_components:
         raise ValueError(

@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import SimpleITK as sitk
 import torch
 
 from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.downstream.during_training import make_probe
 from nnssl_ext.downstream.frozen import random_frozen
+from nnssl_ext.downstream.labelled import read_labelled
 from nnssl_ext.engine.checkpoint import load_checkpoint
 from nnssl_ext.engine.loop import pretrain
 from tests.engine.conftest import make_spec, preprocessed  # noqa: F401 - fixtures
@@ -67,6 +69,18 @@ def test_only_held_out_cases_are_looked_at_where_the_run_trains_on_the_dataset(m
     assert read == ["ball_1", "ball_4"]
     with pytest.raises(ValueError, match=r"1 of the held-out cases have labels.*val_fraction.*--probe_dataset"):
         run(None, ("ball_1",))
+
+
+def test_a_label_that_lies_elsewhere_is_refused(manifest, tiny_plan):
+    """Fault: only the shape is compared, and the features of one place are scored by the labels of another."""
+    plan, path = tiny_plan(), str(manifest.case("ball_0").label)
+    label = sitk.ReadImage(path)
+    label.SetOrigin((0.0, 30.0, 0.0))
+    sitk.WriteImage(label, path)
+    with pytest.raises(
+        ValueError, match=r"ball_0\.nii\.gz .* same place: .*30\.0.*the image's .*origin=\(0\.0, 0\.0, 0\.0"
+    ):
+        read_labelled(manifest, ["ball_0"], plan, plan.configuration("3d_fullres"))
 
 
 def test_a_dataset_without_labels_is_refused_before_training(tmp_path, tiny_plan):

@@ -168,6 +168,23 @@ def test_a_mask_of_another_shape_is_refused(make_plan, make_image):
         )
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("Origin", (3.0, 0.0, 0.0)), ("Spacing", (1.0, 1.0, 2.0)), ("Direction", (-1, 0, 0, 0, -1, 0, 0, 0, 1))],
+)
+def test_a_mask_that_lies_elsewhere_is_refused(make_dataset, raw_plan, tmp_path: Path, setting, value):
+    """Fault: only the shape is compared, and a face is left uncovered where the mask's header is wrong."""
+    manifest = plant_masks(make_dataset(num_cases=1), 90.0)
+    (case,) = manifest.cases
+    mask = sitk.ReadImage(str(case.anonymization_mask))
+    getattr(mask, f"Set{setting}")(value)
+    sitk.WriteImage(mask, str(case.anonymization_mask))
+    with pytest.raises(
+        ValueError, match=r"mask_.* do not lie in the same place: .*Geometry\(.*the image's .*Geometry\("
+    ):
+        preprocess(manifest, raw_plan, tmp_path / "store")
+
+
 def test_a_mask_that_was_replaced_is_noticed(make_dataset, raw_plan, tmp_path: Path):
     """Fault: the case counts as finished, and yesterday's face is shown on."""
     manifest = plant_masks(make_dataset(num_cases=1), 90.0)
