@@ -25,6 +25,8 @@ from nnssl_ext.loading.batch import Batch
 
 logger = logging.getLogger(__name__)
 
+Shown = tuple[Sequence[str], Embeddings | None]
+"""The cases of a batch and what the task shows of them."""
 MAX_SKIPPED_STEPS = 3
 """Steps in a row whose loss or gradient may be non-finite before the run gives up."""
 
@@ -128,13 +130,17 @@ class Stepper:
         values, seen = self._backward(list(batches), step)
         norm = self._update()
         values = {**values, "gradient_norm": norm, "lr": rate}
-        self._check_finite(values, step, seen)
+        if self._is_finite(values, step, [case for cases, _ in seen for case in cases]):
+            for cases, shown in seen:
+                if shown is not None:
+                    self.observe(cases, shown)
         with torch.no_grad():
             self.task.after_step(step, total)
         return values
 
-    def _backward(self, batches: Sequence[Batch], step: int) -> tuple[dict[str, float], list[str]]:
-        outputs = []
+    def _backward(self, batches: Sequence[Batch], step: int) -> tuple[dict[str, float], list[Shown]]:
+        outputs: list[dict[str, torch.Tensor]] = []
+        seen: list[Shown] = []
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)
             random = SampleRandom(self.seed, step, batch.samples).child("train")
@@ -142,9 +148,8 @@ class Stepper:
                 output = self._forward(batch, random, train=True)
                 self.scaler.scale(output.loss.float() / len(batches)).backward()
             outputs.append(_scalars(output))
-            if output.embeddings is not None:
-                self.observe(batch.cases, output.embeddings)
-        return self._average(outputs), [case for batch in batches for case in batch.cases]
+            seen.append((batch.cases, output.embeddings))
+        return self._average(outputs), seen
 
     def _forward(self, batch: Batch, random: SampleRandom, train: bool) -> StepOutput:
         views = self._views(batch, random, train)
@@ -167,11 +172,11 @@ class Stepper:
         self.scaler.update()
         return norm
 
-    def _check_finite(self, values: Mapping[str, float], step: int, cases: Sequence[str]) -> None:
+    def _is_finite(self, values: Mapping[str, float], step: int, cases: Sequence[str]) -> bool:
         numbers = [values["loss"]] if self.scaler.is_enabled() else [values["loss"], values["gradient_norm"]]
         if all(map(math.isfinite, numbers)):
             self.skipped_in_a_row, self.skipped_cases = 0, []
-            return
+            return True
         self.skipped_in_a_row += 1
         self.skipped_cases.append(list(cases))
         logger.warning("Step %d skipped: loss or gradient is not finite on cases %s.", step, ", ".join(cases))
@@ -181,6 +186,7 @@ class Stepper:
                 f"training diverged. Lower the learning rate (now {values['lr']:.3g}), for example "
                 f"--set optim.lr={self.trainer.optim.lr / 2:.3g}, or train with --precision fp32."
             )
+        return False
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch], stop: Callable[[], bool]) -> Validation | None:

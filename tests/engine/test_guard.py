@@ -31,7 +31,7 @@ class PairConfig:
     """No settings but one."""
 
     poisoned: tuple[int, ...] = ()
-    """Steps whose loss is not finite while the learning rate is the recipe's."""
+    """Steps whose embeddings and loss are not finite while the learning rate is the recipe's."""
 
 
 class Pair(PretextTask):
@@ -52,9 +52,9 @@ class Pair(PretextTask):
 
     def forward(self, views):
         first, second = (self.project(self.encoder.pooled(x)) for x in (views["image"], views["image"].flip(2)))
-        loss = (first - second).square().mean()
         if self.training and int(self.taken) in self.config.poisoned:
-            loss = loss * torch.nan
+            first = first * torch.nan
+        loss = (first - second).square().mean()
         shown = Embeddings(first=first.detach(), second=second.detach())
         return StepOutput(loss=loss, embeddings=shown)
 
@@ -196,6 +196,14 @@ def test_three_steps_that_are_not_finite_go_back_and_slow_down(spec, monkeypatch
     assert all(len(row["cases"]) == 2 for row in rows[:3])
     assert (rows[3]["resumed_at"], slowed) == (4, [0.5])
     assert all(value.isfinite().all() for value in weights(spec.folder).values())
+
+
+def test_the_embeddings_of_a_skipped_step_are_not_looked_at(spec, monkeypatch):
+    """Those of the epoch's last step would make its effective rank fail on what is not finite."""
+    alarm_at(monkeypatch)
+    pretrain(replace(spec, trainer=replace(spec.trainer, task_config=PairConfig(poisoned=(7,)))))
+    assert [row["event"] for row in lines(spec.folder, "interventions.jsonl")] == ["skipped"]
+    assert all(0 <= row["health_rank"] <= 1 for row in lines(spec.folder, "metrics.jsonl"))
 
 
 def test_after_the_last_intervention_divergence_ends_the_run(spec, monkeypatch):
