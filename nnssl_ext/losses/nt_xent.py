@@ -44,6 +44,23 @@ def nt_xent(
     return loss, (~left_out).sum(1).float().log().mean()
 
 
+def check_negatives(batch_size: int, without: str) -> None:
+    """Refuses a contrast that would be 0 throughout.
+
+    Args:
+        batch_size: Samples of a rank.
+        without: The setting that takes the contrast out of the loss, for the message.
+
+    Raises:
+        ValueError: Where the batches of all ranks together are a single sample.
+    """
+    if batch_size * (distributed.get_world_size() if _together() else 1) < 2:
+        raise ValueError(
+            f"a batch of {batch_size} has no other sample to tell a view's partner from, so the contrast would be 0 "
+            f"throughout: use a -batch_size of 2 or more, or --set {without}"
+        )
+
+
 def rank() -> int:
     """This process' place among those that train together."""
     return distributed.get_rank() if _together() else 0

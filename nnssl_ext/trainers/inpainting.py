@@ -31,7 +31,7 @@ from nnssl_ext.engine.task import (
 )
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_l1
-from nnssl_ext.losses.nt_xent import nt_xent
+from nnssl_ext.losses.nt_xent import check_negatives, nt_xent
 from nnssl_ext.losses.restoration import trivial_error
 from nnssl_ext.models.backbone import export_network, is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
@@ -105,9 +105,11 @@ class Inpainting(PretextTask):
         """Builds the plan's network with one output per input channel.
 
         Raises:
-            ValueError: Where the network cannot be built.
+            ValueError: Where the network cannot be built, or a contrast is wanted and the batch is a single crop.
         """
         super().__init__(config, configuration, num_cases)
+        if config.contrast_weight:
+            check_negatives(configuration.batch_size, "contrast_weight=0")
         self.encoder, self.decoder = build_dense(configuration, configuration.num_input_channels)
 
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
@@ -195,7 +197,7 @@ def _shuffled(image: torch.Tensor, valid: torch.Tensor, random: SampleRandom, co
 class InpaintingTrainer(PretrainTrainer):
     """Inpainting with contrast: AdamW at the recipe's 1e-4, on a transformer as masked autoencoders are trained here.
 
-    Takes a batch of 2 or more, for a crop alone has no negatives.
+    Takes a batch of 2 or more over all ranks, for a crop alone has no negatives; without the contrast, of any size.
     """
 
     task = Inpainting

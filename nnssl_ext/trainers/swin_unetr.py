@@ -32,7 +32,7 @@ from nnssl_ext.engine.task import (
 )
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_l1
-from nnssl_ext.losses.nt_xent import nt_xent
+from nnssl_ext.losses.nt_xent import check_negatives, nt_xent
 from nnssl_ext.losses.restoration import trivial_error
 from nnssl_ext.models.backbone import export_network, is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
@@ -100,9 +100,12 @@ class SwinUNETR(PretextTask):
         """Builds the plan's network with one output per input channel, and two linear heads on its encoder.
 
         Raises:
-            ValueError: Where the network cannot be built, or no plane has voxels that are square enough.
+            ValueError: Where the network cannot be built, no plane has voxels that are square enough, or a contrast is
+                wanted and the batch is a single crop.
         """
         super().__init__(config, configuration, num_cases)
+        if config.weights[1]:
+            check_negatives(configuration.batch_size, f"weights=[{config.weights[0]:g},0,{config.weights[2]:g}]")
         self.encoder, self.decoder = build_dense(configuration, configuration.num_input_channels)
         if is_transformer(self.encoder):
             self.decoder.get_parameter("mask_token").requires_grad_(False)  # it stands for padding, which no view holds
@@ -181,7 +184,7 @@ class SwinUNETR(PretextTask):
 class SwinUNETRTrainer(PretrainTrainer):
     """The pretext trio with the paper's AdamW, warm-up and cosine; on a transformer, as masked autoencoders train here.
 
-    Takes a batch of 2 or more, for a crop alone has no negatives.
+    Takes a batch of 2 or more over all ranks, for a crop alone has no negatives; without the contrast, of any size.
     """
 
     task = SwinUNETR

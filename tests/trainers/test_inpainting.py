@@ -83,7 +83,10 @@ def test_every_real_voxel_of_both_views_is_asked_for_and_no_other(request, patch
 
 
 def test_the_loss_is_what_its_parts_say(tiny_plan, patch_size):
-    """Catches a contrast between reconstructions, a weight that is the other loss, and views paired wrongly."""
+    """Catches a contrast between reconstructions, a weight that is the other loss, and views paired wrongly.
+
+    The error is that of a loop over the crops of both views, each of which counts alike.
+    """
     task = make_task(tiny_plan(patch_size), temperature=0.5).eval()
     batch = make_batch(patch_size)
     views = task.views(batch, RANDOM, train=False)
@@ -91,12 +94,19 @@ def test_the_loss_is_what_its_parts_say(tiny_plan, patch_size):
         output = task(views)
         whole = [row for row in range(3) if views["valid"][row].all()]
         pooled = [task.encoder.pooled(views[name]) for name in ("first", "second")]
+        restored = [task.decoder(task.encoder(views[name])) for name in ("first", "second")]
     for found, expected in zip((output.embeddings.first, output.embeddings.second), pooled, strict=True):
         torch.testing.assert_close(found[whole], expected[whole])
     metrics = output.metrics
     contrast, chance = nt_xent(output.embeddings.first, output.embeddings.second, 0.5)
     assert (metrics["contrast"].item(), metrics["contrast_chance"].item()) == (contrast.item(), chance.item())
     assert output.loss.item() == pytest.approx((metrics["l1"] + 0.1 * metrics["contrast"]).item(), rel=1e-6)
+    errors = [
+        (crop - target)[real].abs().mean()
+        for crops in restored
+        for crop, target, real in zip(crops, views["target"], views["valid"], strict=True)
+    ]
+    assert metrics["l1"].item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
     assert metrics["l1_chance"] < 0.9  # no more than what the mean leaves of a normal distribution: √(2/π)
 
 
@@ -133,6 +143,16 @@ def test_views_change_with_the_step_and_not_with_the_batch(tiny_plan, patch_size
     last = replace(batch, data=batch.data[2:], valid=batch.valid[2:], cases=("c",), spacing=batch.spacing[2:])
     alone = task.views(last, replace(RANDOM, samples=SAMPLES[2:]), train=True)
     assert torch.equal(alone["second"], views["second"][2:])
+
+
+def test_a_single_crop_is_refused_where_it_should_contrast(tiny_plan):
+    """Catches a run whose contrast is 0 from the first step to the last."""
+    plan = tiny_plan((24, 16))
+    (raw,) = plan.raw["configurations"].values()
+    raw["batch_size"] = 1
+    with pytest.raises(ValueError, match=r"-batch_size of 2 or more, or --set contrast_weight=0"):
+        make_task(plan)
+    make_task(plan, contrast_weight=0)
 
 
 def test_settings_are_the_published_ones():

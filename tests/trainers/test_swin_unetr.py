@@ -142,6 +142,16 @@ def test_unequal_voxels_are_refused_at_the_start(tiny_plan):
         make_task(plan)
 
 
+def test_a_single_crop_is_refused_where_it_should_contrast(tiny_plan):
+    """Catches a run whose contrast is 0 from the first step to the last."""
+    plan = tiny_plan((24, 16))
+    (raw,) = plan.raw["configurations"].values()
+    raw["batch_size"] = 1
+    with pytest.raises(ValueError, match=r"-batch_size of 2 or more, or --set weights=\[1,0,1\]"):
+        make_task(plan)
+    make_task(plan, weights=(1, 0, 1))
+
+
 def test_recipe_is_the_published_one():
     trainer = TRAINERS.get("SwinUNETRTrainer")()
     config = trainer.task_config
