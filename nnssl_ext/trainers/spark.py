@@ -40,7 +40,7 @@ class SparkConfig:
     """Share of the cells that is hidden, in (0, 1); a cell is one position of the deepest feature map."""
     mask_ratio_max: float | None = None
     """If given, the share is drawn anew for each step, uniformly from `mask_ratio` to this, in (0, 1). S3D draws from
-    0.6 to 0.9."""
+    0.6 to 0.9. Validation hides the mean of both."""
     target: TargetConfig = field(default_factory=TargetConfig)
     """What is asked for of the hidden voxels."""
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
@@ -92,15 +92,17 @@ class Spark(PretextTask):
         if train:
             moved = spatial_view(image, valid, batch.spacing, random.child("spatial"), self.config.spatial)
             image, valid = moved.data, moved.valid
-        kept = keep_tokens(random.child("mask"), valid, self.cell, self._draw_ratio(random))
+        kept = keep_tokens(random.child("mask"), valid, self.cell, self._draw_ratio(random, train))
         hidden = hidden_voxels(kept, self.cell, image.shape[2:])
         asked = restoration_target(image, valid, self.cell, self.config.target)
         return {"image": image, "hidden": hidden, "valid": valid, **asked}
 
-    def _draw_ratio(self, random: SampleRandom) -> float:
-        """The share to hide: one for all samples of a step."""
+    def _draw_ratio(self, random: SampleRandom, train: bool) -> float:
+        """The share to hide: one for all samples of a step, and in validation the expected one."""
         least, most = self.config.mask_ratio, self.config.mask_ratio_max
-        return least if most is None else generator(random.seed, random.step, "mask ratio").uniform(least, most)
+        if most is None:
+            return least
+        return generator(random.seed, random.step, "mask ratio").uniform(least, most) if train else (least + most) / 2
 
     def forward(self, views: Views) -> StepOutput:
         """The squared error on hidden voxels, beside that of guessing each crop's visible mean."""

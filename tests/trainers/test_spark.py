@@ -13,6 +13,7 @@ from nnssl_ext.engine.checkpoint import build_checkpoint
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.visible import scale_masks, visible_feature_maps
 from nnssl_ext.trainers.spark import Spark, SparkConfig, SparkTrainer
+from nnssl_ext.views.spatial import SpatialConfig
 
 PATCHES = [(16, 24, 8), (24, 16)]
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11))
@@ -145,16 +146,21 @@ def test_the_share_is_of_cells_without_padding(task, patch_size, train):
 
 
 def test_the_share_may_be_drawn_for_each_step(tiny_plan):
-    """One share for a step, whatever the samples; over steps it fills the range."""
-    task = make_task(tiny_plan((24, 16)), mask_ratio=0.6, mask_ratio_max=0.9)
+    """One share for a step, whatever the samples; over steps it fills the range. Validation has the mean of the range:
+    it is keyed alike every epoch, so a share drawn there would be one for the whole run."""
+    still = SpatialConfig(rotation=0, scaling=0)
+    task = make_task(tiny_plan((24, 16)), mask_ratio=0.6, mask_ratio_max=0.9, spatial=still)
     batch = make_batch((24, 16))
     batch = replace(batch, valid=torch.ones_like(batch.valid))
     shares = []
     for step in range(40):
-        hidden = task.views(batch, replace(RANDOM, step=step), train=False)["hidden"]
-        counts = hidden.flatten(1).float().mean(1)
+        counts, validated = (
+            task.views(batch, replace(RANDOM, step=step), train)["hidden"].flatten(1).float().mean(1)
+            for train in (True, False)
+        )
         assert counts[0] == counts[1]
         shares.append(counts[0].item())
+        assert validated.tolist() == [0.75, 0.75]
     assert 0.58 < min(shares) < 0.65
     assert 0.85 < max(shares) < 0.92
 
