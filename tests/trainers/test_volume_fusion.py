@@ -1,6 +1,7 @@
 """VolumeFusion: the classes tell how the image was mixed, and every one of them counts."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from nnssl_ext.trainers.volume_fusion import (
     fused,
     share_classes,
 )
+from nnssl_ext.views.corruptions import paint_boxes
+from nnssl_ext.views.spatial import SpatialConfig
 
 PATCHES = [(16, 24, 8), (24, 16)]
 SAMPLES = (10, 11, 12, 13)
@@ -91,11 +94,25 @@ def test_boxes_are_of_the_papers_sizes():
 
 
 def test_later_boxes_lie_over_earlier_ones():
-    """Catches classes that are added up or kept: the last box has one class throughout."""
+    """Catches classes that are added up, classes of the other box, and earlier boxes over later ones.
+
+    A box covers a quarter of the patch, so many pairs overlap in part and show which of the two lies on top.
+    """
     random = SampleRandom(0, 0, tuple(range(50)))
     valid = torch.ones(50, 1, 16, 16, dtype=torch.bool)
-    config = VolumeFusionConfig(boxes=(2, 2), sides=(1, 1))
-    assert (share_classes(random, valid, config).flatten(1).diff(dim=1) == 0).all()
+    config = VolumeFusionConfig(boxes=(2, 2), sides=(0.5, 0.5))
+    painted = paint_boxes(random, valid, (2, 2), [(0.5, 0.5)] * 2)[:, 0]
+    drawn = random.integers("classes", 0, 5, (2,))
+    found = share_classes(random, valid, config)[:, 0]
+    num_overlapping = 0
+    for classes, numbers, (lower, upper) in zip(found, painted, drawn, strict=True):
+        top = numbers == 2
+        assert top.sum() == 8 * 8  # the second box is whole
+        num_overlapping += bool(0 < (numbers == 1).sum() < 8 * 8)
+        assert (classes[top] == upper).all()
+        assert (classes[numbers == 1] == lower).all()
+        assert not classes[numbers == 0].any()
+    assert num_overlapping > 10
 
 
 @pytest.mark.parametrize("kind", ["tiny_plan", "tiny_vit_plan"])
@@ -128,13 +145,21 @@ def test_chance_is_to_know_how_often_each_class_occurs(tiny_plan, patch_size):
 
 
 def test_volumes_move_on_their_own_in_training(tiny_plan, patch_size):
-    """Two equal crops differ once each is flipped by draws of its own; unmixed, the mixture would stay that crop."""
-    task, batch = make_task(tiny_plan(patch_size)), make_batch(patch_size)
-    same = batch.data[:1].expand(4, *batch.data.shape[1:])
-    batch = replace(batch, data=same, valid=torch.ones_like(batch.valid))
-    still = task.views(batch, RANDOM, train=False)["image"]
-    torch.testing.assert_close(still, same[:2])
-    assert not torch.allclose(task.views(batch, RANDOM, train=True)["image"], still)
+    """Two equal crops differ once each is flipped by draws of its own: the mixture is no flip of that crop.
+
+    Catches draws that both volumes of a sample share, which would leave it one.
+    """
+    task = make_task(tiny_plan(patch_size), spatial=SpatialConfig(rotation=0, scaling=0))
+    batch = make_batch(patch_size)
+    crop = batch.data[:1]
+    batch = replace(batch, data=crop.expand(4, *crop.shape[1:]), valid=torch.ones_like(batch.valid))
+    torch.testing.assert_close(task.views(batch, RANDOM, train=False)["image"], batch.data[:2])
+    axes = range(2, crop.ndim)
+    flips = torch.cat([crop.flip(some) for number in range(crop.ndim - 1) for some in combinations(axes, number)])
+    assert len(flips) == 2 ** len(patch_size)
+    mixtures = torch.cat([task.views(batch, replace(RANDOM, step=step), train=True)["image"] for step in range(4)])
+    is_flip = (mixtures.unsqueeze(1) - flips).abs().flatten(2).amax(2) < 1e-4
+    assert is_flip.any(1).float().mean() < 0.75
 
 
 def test_a_sham_takes_the_classes_of_another_sample(tiny_plan, patch_size):
