@@ -259,6 +259,11 @@ class PretrainTrainer:
             )
         if not 0 <= self.min_foreground <= 1:
             raise ValueError(f"min_foreground={self.min_foreground} must lie in [0, 1].")
+        if self.sham and self.crops_per_case > 1:
+            raise ValueError(
+                f"crops_per_case={self.crops_per_case} does not go with a sham: the other case that it takes its "
+                "targets from would be the same one. Leave crops_per_case at 1."
+            )
 
     @property
     def total_steps(self) -> int:

@@ -51,6 +51,14 @@ def test_assignments_become_defaults_and_the_rest_is_inherited():
     assert (WideTrainer().num_epochs, WideTrainer().optim) == (1000, OptimConfig())
 
 
+def test_a_sham_takes_one_crop_of_a_case():
+    """Fault: crops of one case fill the batch, so the sham's targets come from the same case and can be learned."""
+    with pytest.raises(ValueError, match=r"crops_per_case=2 does not go with a sham.*Leave crops_per_case at 1"):
+        ToyTrainer.configured(["sham=true", "crops_per_case=2"])
+    assert ToyTrainer.configured(["crops_per_case=2"]).crops_per_case == 2
+    assert ToyTrainer.configured(["sham=true"]).sham
+
+
 def test_overrides_reach_recipe_and_task():
     trainer = ToyTrainer.configured(["width=0.25", "inner.depth=5", "optim.lr=1e-3", "num_epochs=3"])
     assert trainer.task_config == ToyConfig(width=0.25, inner=Inner(depth=5))
