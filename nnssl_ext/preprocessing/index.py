@@ -119,11 +119,16 @@ def read_index(folder: Path) -> Index:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}). Run nnssl_preprocess --overwrite.") from error
-    known = READABLE.get(content.get("format"), len(_COLUMNS))
+    known = READABLE.get(content.get("format"))
+    if known is None:
+        raise ValueError(
+            f"{path} has format {content.get('format')}, this version reads {', '.join(map(str, READABLE))}. "
+            "Run nnssl_preprocess --overwrite."
+        )
     if tuple(content.get("columns", ())) != _COLUMNS[:known]:
         raise ValueError(
-            f"{path} has format {content.get('format')}, this version reads {' and '.join(map(str, READABLE))}. "
-            "Run nnssl_preprocess --overwrite."
+            f"{path} is damaged: its columns are not those of format {content['format']}. Run nnssl_preprocess "
+            "--overwrite."
         )
     entries = {row[0]: _entry(row) for row in content["cases"]}
     return Index(settings=content["settings"], entries=entries, failed=content["failed"])

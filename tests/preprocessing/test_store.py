@@ -1,5 +1,6 @@
 """The store: what is written comes back, only what is touched is read, and damage is noticed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -240,10 +241,28 @@ def test_a_journal_cut_short_loses_its_last_case_only(tmp_path: Path, data: np.n
 def test_a_missing_or_damaged_index_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nnssl_preprocess"):
         Store.open(tmp_path)
-    for content in ("{", '{"format": 99}'):
-        (tmp_path / "nnssl_index.json").write_text(content)
-        with pytest.raises(ValueError, match="nnssl_preprocess --overwrite"):
-            Store.open(tmp_path)
+    (tmp_path / "nnssl_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"is damaged \(.*Run nnssl_preprocess --overwrite"):
+        Store.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("format", 99, r"has format 99, this version reads 1, 2, 3\. Run nnssl_preprocess --overwrite"),
+        ("format", None, "has format None"),
+        ("format", 2, "columns are not those of format 2"),
+        ("columns", ["case_id"], "columns are not those of format 3"),
+    ],
+)
+def test_an_index_of_another_format_is_refused(tmp_path: Path, data: np.ndarray, key, value, words) -> None:
+    """Fault: a format of the future that happens to have today's columns is read as today's."""
+    write_index(tmp_path, Index(settings={}, entries={"a": write(tmp_path, data, "a")}))
+    path = tmp_path / "nnssl_index.json"
+    assert read_index(path.parent).entries
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=words):
+        read_index(tmp_path)
 
 
 ENCODED = """
