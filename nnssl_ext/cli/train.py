@@ -234,13 +234,14 @@ def _spec(args: argparse.Namespace) -> RunSpec:
 
 
 def _probe(args: argparse.Namespace, plan: Plan, configuration: Configuration) -> Probe:
-    """A probe on another dataset, or on the held-out cases of this one."""
+    """A probe on another dataset, or on the held-out cases of this one, by whatever name it is given."""
     from nnssl_ext.core.paths import find_dataset, raw_root
     from nnssl_ext.dataset.manifest import Manifest
     from nnssl_ext.downstream.during_training import make_probe
 
-    manifest = Manifest.load(find_dataset(args.probe_dataset or args.dataset, raw_root()))
-    return make_probe(manifest, plan, configuration, held_out_only=args.probe_dataset is None)
+    folder = find_dataset(args.probe_dataset or args.dataset, raw_root())
+    trained = raw_root() / _dataset(args.dataset).name
+    return make_probe(Manifest.load(folder), plan, configuration, held_out_only=folder.resolve() == trained.resolve())
 
 
 def sampling_setting(weights: Sequence[str]) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from nnssl_ext.dataset.manifest import Manifest
+from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.downstream.frozen import Frozen
 from nnssl_ext.downstream.labelled import LabelledCase, read_labelled
 from nnssl_ext.downstream.probing import ProbeConfig, probe
@@ -16,7 +16,7 @@ from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.planners.plan import Configuration, Plan
 
 MOST_CASES = 10
-"""Cases that a probe looks at: the first half is learned from, the rest is the test."""
+"""Cases that a probe looks at, each of another patient: the first half is learned from, the rest is the test."""
 LEAST_CASES = 2
 QUICK = ProbeConfig(subset_seeds=(0,), voxels_per_case=500, bank_voxels_per_case=100)
 
@@ -35,10 +35,11 @@ def make_probe(manifest: Manifest, plan: Plan, configuration: Configuration, hel
     Raises:
         ValueError: If the dataset has no labels; same-case retrieval and rank are logged in any case.
     """
-    labelled = [case.case_id for case in manifest.cases if case.label is not None]
-    if len(labelled) < LEAST_CASES:
+    labelled = [case for case in manifest.cases if case.label is not None]
+    patients = len(_one_of_each_patient(labelled))
+    if patients < LEAST_CASES:
         raise ValueError(
-            f"{manifest.dataset_name} has {len(labelled)} labelled cases, and a probe needs {LEAST_CASES}. Name a "
+            f"{manifest.dataset_name} has labels of {patients} patients, and a probe needs {LEAST_CASES}. Name a "
             "labelled dataset by --probe_dataset, or leave out --probe_every: rank of the features and retrieval of "
             "a case's other crops are logged without labels"
         )
@@ -56,11 +57,18 @@ def make_probe(manifest: Manifest, plan: Plan, configuration: Configuration, hel
     return run
 
 
-def _chosen(labelled: Sequence[str], held_out_only: bool, held_out: Sequence[str]) -> list[str]:
-    allowed = [case_id for case_id in labelled if not held_out_only or case_id in held_out]
+def _one_of_each_patient(cases: Iterable[Case]) -> list[str]:
+    first: dict[str, str] = {}
+    for case in cases:
+        first.setdefault(case.subject, case.case_id)
+    return list(first.values())
+
+
+def _chosen(labelled: Sequence[Case], held_out_only: bool, held_out: Sequence[str]) -> list[str]:
+    allowed = _one_of_each_patient(case for case in labelled if not held_out_only or case.case_id in held_out)
     if len(allowed) < LEAST_CASES:
         raise ValueError(
-            f"{len(allowed)} of the held-out cases have labels, and a probe needs {LEAST_CASES}. Raise --set "
+            f"{len(allowed)} of the held-out patients have labels, and a probe needs {LEAST_CASES}. Raise --set "
             "val_fraction, or name another dataset by --probe_dataset"
         )
     return allowed[:MOST_CASES]

@@ -176,6 +176,23 @@ class TestOnData:
         assert run(*words[:-1], "8") == 2
         assert "no dataset '8'" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("given", "held_out_only"),
+        [([], True), (["999"], True), (["Dataset999_Tiny"], True), (["7"], False), (["8"], True)],
+    )
+    def test_a_probe_on_the_runs_own_dataset_sees_held_out_cases_only(self, roots, monkeypatch, given, held_out_only):
+        """Fault: a dataset that is named counts as another one, and the cases trained on are probed."""
+        seen = []
+        monkeypatch.setattr(
+            "nnssl_ext.downstream.during_training.make_probe", lambda *_, held_out_only: seen.append(held_out_only)
+        )
+        write_raw(roots / "raw").rename(roots / "raw" / "Dataset999_Tiny")
+        write_raw(roots / "raw")
+        (roots / "raw" / "Dataset008_Link").symlink_to(roots / "raw" / "Dataset999_Tiny")
+        words = ["999", "3d_fullres", "-device", "cpu", "--probe_every", "2"]
+        make_spec(parser().parse_args([*words, *(["--probe_dataset", *given] if given else [])]))
+        assert seen == [held_out_only]
+
     def test_an_unknown_configuration_lists_those_there_are(self, capsys):
         assert run("999", "3d_lowres", *self.QUICK) == 2
         assert "3d_fullres" in capsys.readouterr().err

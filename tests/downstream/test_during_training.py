@@ -67,8 +67,24 @@ def test_only_held_out_cases_are_looked_at_where_the_run_trains_on_the_dataset(m
     with pytest.raises(ValueError):
         run(None, ("ball_1", "ball_4", "unlabelled"))
     assert read == ["ball_1", "ball_4"]
-    with pytest.raises(ValueError, match=r"1 of the held-out cases have labels.*val_fraction.*--probe_dataset"):
+    with pytest.raises(ValueError, match=r"1 of the held-out patients have labels.*val_fraction.*--probe_dataset"):
         run(None, ("ball_1",))
+
+
+def test_no_patient_is_in_both_halves(manifest, tiny_plan, monkeypatch):
+    """Fault: the halves are cut by case, and the probe is tested on the patients it learned from."""
+    patients = ["p", "p", "p", "q"] + [f"r{number}" for number in range(len(manifest.cases) - 4)]
+    cases = tuple(replace(case, subject=patient) for case, patient in zip(manifest.cases, patients, strict=True))
+    plan, read = tiny_plan(), []
+    monkeypatch.setattr(
+        "nnssl_ext.downstream.during_training.read_labelled", lambda manifest, ids, *_: read.extend(ids) or []
+    )
+    run = make_probe(replace(manifest, cases=cases[:4]), plan, plan.configuration("3d_fullres"), held_out_only=False)
+    with pytest.raises(ValueError):
+        run(None, ())
+    assert read == [cases[0].case_id, cases[3].case_id]
+    with pytest.raises(ValueError, match="has labels of 1 patients"):
+        make_probe(replace(manifest, cases=cases[:3]), plan, plan.configuration("3d_fullres"), held_out_only=False)
 
 
 def test_a_label_that_lies_elsewhere_is_refused(manifest, tiny_plan):
@@ -88,5 +104,5 @@ def test_a_dataset_without_labels_is_refused_before_training(tmp_path, tiny_plan
     for label in (folder / "labelsTr").iterdir():
         label.unlink()
     plan = tiny_plan()
-    with pytest.raises(ValueError, match=r"has 0 labelled cases.*--probe_dataset"):
+    with pytest.raises(ValueError, match=r"has labels of 0 patients.*--probe_dataset"):
         make_probe(Manifest.load(folder), plan, plan.configuration("3d_fullres"), held_out_only=False)
