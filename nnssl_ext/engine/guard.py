@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from nnssl_ext.engine.alarms import Alarm, Response
 from nnssl_ext.engine.health import Monitor, Retrieval
-from nnssl_ext.engine.recovery import Ring, write_intervention
+from nnssl_ext.engine.recovery import Ring, keep_interventions, write_intervention
 from nnssl_ext.engine.steps import DivergedError, Stepper, Validation
 from nnssl_ext.loading.batch import Batch
 
@@ -46,7 +46,22 @@ class Guard:
         self.stepper, self.folder, self.main = stepper, folder, main
         self.monitor = Monitor(stepper.trainer.health, total)
         self.ring, self.interval = Ring(folder / "ring"), Ring.interval(total)
+        self.num_records = 0
         stepper.observe = self.monitor.observe
+
+    def state(self) -> dict[str, Any]:
+        """Builtins and tensors for a checkpoint."""
+        return {"monitor": self.monitor.state(), "num_records": self.num_records}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state` gave."""
+        self.monitor.load_state(state["monitor"], self.stepper.device)
+        self.num_records = state["num_records"]
+
+    def forget_after(self, step: int) -> None:
+        """Removes states and records that a run killed after so many steps will make again, perhaps otherwise."""
+        self.ring.forget_after(step)
+        keep_interventions(self.folder, self.num_records)
 
     def begin(
         self,
@@ -145,6 +160,7 @@ class Guard:
         self._write({"step": step, **record})
 
     def _write(self, record: dict[str, Any]) -> None:
+        self.num_records += 1
         if self.main:
             write_intervention(self.folder, record)
 
@@ -153,17 +169,13 @@ class Guard:
         reason: RollBackError | DivergedError,
         step: int,
         restore: Callable[[Path], int],
-        checkpoint: Callable[[], dict[str, Any]],
     ) -> None:
         """Goes back to the newest state that was well, with the knobs turned since, and turns those of the alarm.
-
-        What is kept of the state is then written anew, so that a run that is killed goes on with these knobs.
 
         Args:
             reason: Why.
             step: Steps taken.
             restore: Takes up a checkpoint; gives the steps taken there.
-            checkpoint: Makes a checkpoint to go on from.
 
         Raises:
             DivergedError: The reason itself, where nothing can be done any more.
@@ -177,16 +189,14 @@ class Guard:
             alarm = Alarm(name="loss", value=math.nan, limit=0.0, diagnosis=str(reason), slower=True, roll_back=True)
         else:
             alarm = reason.alarm
-        history, factor = self.monitor.history, self.stepper.lr_factor
+        history, factor, num_records = self.monitor.history, self.stepper.lr_factor, self.num_records
         resumed_at = restore(path)
         for past in history[len(self.monitor.history) :]:
             for response in past["responses"]:
                 self._respond(response)
-        self.monitor.history, self.stepper.lr_factor = history, factor
+        self.monitor.history, self.stepper.lr_factor, self.num_records = history, factor, num_records
         changes, turned = self._turn(alarm)
         self._record(step, resumed_at, alarm, [f"back to step {resumed_at}", *changes], turned)
-        if self.main:
-            self.ring.save(resumed_at, checkpoint())
 
     def after_epoch(self, validation: Validation, step: int) -> dict[str, float]:
         """The numbers of health to log; none of a task that shows no embeddings.

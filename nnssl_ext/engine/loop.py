@@ -160,7 +160,7 @@ class _Run:
         resume = load_checkpoint(path)["resume"]
         self.stepper.task.load_state_dict(resume["task"])
         self.stepper.load_state(resume)
-        self.guard.monitor.load_state(resume["health"], self.device)
+        self.guard.load_state(resume["health"])
         return Progress.from_state(resume["progress"])
 
     def run(self) -> Outcome:
@@ -179,7 +179,7 @@ class _Run:
                 try:
                     validation = self._train_epoch(batches, train, bar) and self._validate(val)
                 except (RollBackError, DivergedError) as reason:
-                    self._go_back(reason, tracker)
+                    self._go_back(reason, tracker, bar)
                     batches = train.batches(self.progress.step, self.trainer.total_steps)
                     continue
                 if not validation:
@@ -195,12 +195,16 @@ class _Run:
             return True
         return self.guard.begin(train.batches, len(self.split.train), lambda: self._validate(val))
 
-    def _go_back(self, reason: RollBackError | DivergedError, tracker: Tracker | None) -> None:
+    def _go_back(self, reason: RollBackError | DivergedError, tracker: Tracker | None, bar: Bar) -> None:
+        """Take up an earlier state, and see to it that a run that is killed from now on does so too."""
+
         def restore(path: Path) -> int:
             self.progress = self._take_up(path)
             return self.progress.step
 
-        self.guard.go_back(reason, self.progress.step, restore, self._resumable)
+        self.guard.go_back(reason, self.progress.step, restore)
+        self._save_latest()
+        bar.rewind(self.progress.step)
         if tracker is not None:
             tracker.rewind(self.progress.epoch)
 
@@ -278,7 +282,7 @@ class _Run:
         resume = {
             "task": self.stepper.task.state_dict(),
             "progress": self.progress.state(),
-            "health": self.guard.monitor.state(),
+            "health": self.guard.state(),
             **self.stepper.state(),
         }
         return self._checkpoint(resume)
@@ -327,6 +331,7 @@ class _Run:
         """Write what the run is before it starts, and remove what a killed run left half written."""
         for leftover in self.folder.path.rglob(".tmp-*"):
             leftover.unlink()
+        self.guard.forget_after(self.progress.step)
         write_config(self.folder, self.spec, self.world.size, self.precision)
         write_json(self.folder.splits, {"train": list(self.split.train), "val": list(self.split.val)})
         write_json(self.folder.hashes, {"content_hashes": self.hashes})

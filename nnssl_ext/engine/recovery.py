@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.core.records import write_text
 from nnssl_ext.engine.checkpoint import save_checkpoint
 
 KEEP = 3
@@ -35,10 +36,15 @@ class Ring:
     def save(self, step: int, checkpoint: Mapping[str, Any]) -> None:
         """Keeps a state; later ones are of a past that was given up, and the oldest one makes room."""
         save_checkpoint(self.path(step), checkpoint)
-        entries = sorted(self.folder.glob("step_*.pth"))
-        place = entries.index(self.path(step))
-        for path in (*entries[place + 1 :], *entries[: max(place + 1 - KEEP, 0)]):
+        self.forget_after(step)
+        for path in sorted(self.folder.glob("step_*.pth"))[:-KEEP]:
             path.unlink()
+
+    def forget_after(self, step: int) -> None:
+        """Removes the states of a past that was given up: those of more steps."""
+        for path in self.folder.glob("step_*.pth"):
+            if path > self.path(step):
+                path.unlink()
 
     def newest(self) -> Path | None:
         """The newest state; None where there is none."""
@@ -51,5 +57,18 @@ class Ring:
 
 def write_intervention(folder: Path, record: Mapping[str, Any]) -> None:
     """Appends a line to `interventions.jsonl`."""
-    with (folder / "interventions.jsonl").open("a", encoding="utf-8") as file:
+    with _interventions(folder).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def keep_interventions(folder: Path, number: int) -> None:
+    """Keeps so many lines of `interventions.jsonl`, the first; without any it is removed."""
+    path = _interventions(folder)
+    if path.exists() and number:
+        write_text(path, "".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:number]))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _interventions(folder: Path) -> Path:
+    return folder / "interventions.jsonl"

@@ -225,6 +225,10 @@ class Bar:
             state += f"  {timing['gpu_memory_gb']:.1f} GB"
         self._progress.update(self._task, advance=1, state=state)
 
+    def rewind(self, done: int) -> None:
+        """Shows so many steps as done: the run has gone back and will take the others again."""
+        self._progress.update(self._task, completed=done)
+
     def __enter__(self) -> Bar:
         self._progress.start()
         self._redirect(sys.__stderr__, sys.stderr)

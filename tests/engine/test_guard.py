@@ -15,7 +15,7 @@ from nnssl_ext.engine.alarms import Alarm
 from nnssl_ext.engine.checkpoint import load_checkpoint
 from nnssl_ext.engine.guard import Guard
 from nnssl_ext.engine.health import Monitor
-from nnssl_ext.engine.loop import Outcome, pretrain
+from nnssl_ext.engine.loop import Outcome, _Run, pretrain
 from nnssl_ext.engine.recovery import Ring
 from nnssl_ext.engine.run import RunSpec
 from nnssl_ext.engine.steps import DivergedError, Stepper
@@ -82,7 +82,7 @@ class PairTrainer(PretrainTrainer):
 
 @pytest.fixture
 def spec(make_spec, monkeypatch) -> RunSpec:
-    monkeypatch.setattr(Ring, "interval", staticmethod(lambda total: 2))
+    monkeypatch.setattr(Ring, "interval", staticmethod(lambda *_: 2))
     return replace(make_spec(save_every=10), trainer=PairTrainer.configured(["health.every=1", "health.min_cases=3"]))
 
 
@@ -132,15 +132,14 @@ def test_going_back_is_exact(spec, monkeypatch):
     """After the roll-back the run is what a run resumed from the kept state would be, bit for bit."""
     alarm_at(monkeypatch, 7)
     kept = spec.folder.with_name("kept")
-    original = Ring.save
+    original = _Run._go_back
 
-    def save(ring: Ring, step: int, checkpoint) -> None:
-        original(ring, step, checkpoint)
-        if checkpoint["resume"]["lr_factor"] == 0.5 and not kept.exists():
-            kept.mkdir()
-            (kept / "checkpoint_latest.pth").write_bytes(ring.path(step).read_bytes())
+    def go_back(run: _Run, *arguments) -> None:
+        original(run, *arguments)
+        kept.mkdir()
+        (kept / "checkpoint_latest.pth").write_bytes(run.folder.latest.read_bytes())
 
-    monkeypatch.setattr(Ring, "save", save)
+    monkeypatch.setattr(_Run, "_go_back", go_back)
     pretrain(spec)
     (record,) = lines(spec.folder, "interventions.jsonl")
     assert (record["step"], record["resumed_at"], record["statistic"]) == (7, 6, "rank")
@@ -233,6 +232,44 @@ def test_a_run_stopped_after_an_intervention_goes_on_with_the_same_numbers(spec,
     assert pretrain(replace(stopped, resume=True)) is Outcome.FINISHED
     assert all(map(torch.equal, weights(spec.folder).values(), weights(stopped.folder).values()))
     assert (stopped.folder / "metrics.jsonl").read_bytes() == (spec.folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_killed_after_going_back_does_not_go_on_from_the_past_that_was_given_up(spec, monkeypatch):
+    """The alarm at step 9 goes back to step 5; the run dies at step 7, and step 8, after the second epoch, is what
+    `checkpoint_latest` held before. Going on from there, or counting an intervention twice, gives other numbers."""
+
+    class KilledError(BaseException):
+        """Nothing is saved on the way out."""
+
+    def look(monitor: Monitor, step: int) -> Alarm | None:
+        if step != 9 or monitor.history:
+            return None
+        words = {"diagnosis": "it is sick", "responses": ("spread",), "slower": True, "roll_back": True}
+        return Alarm(name="rank", value=0.1, limit=0.2, **words)
+
+    monkeypatch.setattr(Monitor, "look", look)
+    monkeypatch.setattr(Ring, "interval", staticmethod(lambda *_: 5))
+    settings = replace(spec.settings, save_every=2)
+    whole, killed = (replace(spec, folder=spec.folder.with_name(name), settings=settings) for name in ("a", "b"))
+    pretrain(whole)
+    original = Stepper.train_step
+
+    def train_step(stepper, batches, step):
+        if step == 7 and stepper.lr_factor < 1:
+            raise KilledError
+        return original(stepper, batches, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(Stepper, "train_step", train_step)
+        pretrain(killed)
+    with (killed.folder / "interventions.jsonl").open("a") as file:
+        file.write('{"step": 7, "event": "skipped"}\n')  # what was noted between the last checkpoint and the end
+    (killed.folder / "ring" / "step_000000007.pth").write_bytes(b"of the same time")
+    assert pretrain(replace(killed, resume=True)) is Outcome.FINISHED
+    for name in ("metrics.jsonl", "interventions.jsonl"):
+        assert (killed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert len(lines(whole.folder, "interventions.jsonl")) == 1
+    assert all(map(torch.equal, weights(whole.folder).values(), weights(killed.folder).values()))
 
 
 def test_nothing_is_touched_where_it_may_only_warn(spec, monkeypatch, caplog):

@@ -131,6 +131,15 @@ def test_the_bar_is_silent_where_nobody_watches(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_bar_goes_back_with_the_run():
+    bar = Bar(10, 0, enabled=False)
+    for _ in range(7):
+        bar.step(1.0, TIMING)
+    bar.rewind(5)
+    bar.step(1.0, TIMING)
+    assert bar._progress.tasks[0].completed == 6
+
+
 def test_a_stopwatch_counts_steps_waiting_and_time_left(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("nnssl_ext.engine.timing.time.monotonic", lambda: now[0])
