@@ -10,7 +10,7 @@ class Centre(nn.Module):
     """An exponential mean of scores, corrected for its start, moved once per optimiser step.
 
     Scores are collected in every pass over all ranks, so the centre is that of the whole accumulated batch, and the
-    same everywhere.
+    same everywhere. Rows that are not finite are left out: one that was let in would stay for good.
 
     Args:
         num_prototypes: Scores of a sample.
@@ -43,8 +43,11 @@ class Centre(nn.Module):
             counted: (...), bool; False on rows that do not count. None: all count.
         """
         rows = scores.flatten(0, -2).float()
-        weight = rows.new_ones(len(rows)) if counted is None else counted.flatten().to(rows)
-        sums = torch.cat([weight @ rows, weight.sum()[None]])
+        taken = rows.isfinite().all(1)
+        if counted is not None:
+            taken = taken & counted.flatten()
+        summed = rows.masked_fill(~taken[:, None], 0).sum(0)  # no matrix product: autocast would round its factors
+        sums = torch.cat([summed, taken.sum()[None].to(summed)])
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
         self.total += sums[:-1]

@@ -36,6 +36,8 @@ class FeatureQueue(nn.Module):
     def push(self, rows: torch.Tensor, keys: torch.Tensor) -> None:
         """Puts features in the places of the oldest; of more than fit, the last ones.
 
+        A feature that is not finite leaves its place empty.
+
         Args:
             rows: (N, width), of all ranks: the queues of ranks must not part.
             keys: (N,), 0 or more.
@@ -44,8 +46,9 @@ class FeatureQueue(nn.Module):
         if not size:
             return
         place = (self.pushed + torch.arange(len(keys), device=keys.device))[-size:] % size
-        self.rows[place] = rows[-size:].float()
-        self.keys[place] = keys[-size:]
+        finite = rows[-size:].isfinite().all(1)
+        self.rows[place] = rows[-size:].float().masked_fill(~finite[:, None], 0)
+        self.keys[place] = keys[-size:].masked_fill(~finite, EMPTY)
         self.pushed += len(keys)
 
 

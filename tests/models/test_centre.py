@@ -1,5 +1,7 @@
 """The running centre of a teacher's scores: once per step, corrected for its start, over what counts."""
 
+import math
+
 import pytest
 import torch
 
@@ -51,3 +53,23 @@ def test_the_first_step_gives_its_own_mean(momentum):
     centre.collect(rows)
     centre.update(torch.tensor(momentum))
     assert torch.allclose(centre(), rows.mean(0), atol=1e-4)
+
+
+def test_half_precision_around_it_does_not_round_what_is_collected():
+    """Fails if the sum is a matrix product: autocast rounds its factors to eight bits, whatever their type."""
+    exact, under, rows = Centre(4), Centre(4), 300 + draw(8, 4)
+    counted = torch.arange(8) != 3
+    exact.collect(rows, counted)
+    with torch.autocast("cpu", torch.bfloat16):
+        under.collect(rows, counted)
+    assert torch.equal(under.total, exact.total)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_is_left_out(wrong):
+    """Fails if it is summed: the centre would be no number for the rest of the run."""
+    centre, rows = Centre(4), draw(3, 4)
+    rows[1, 2] = wrong
+    centre.collect(rows)
+    centre.update(0.5)
+    assert torch.allclose(centre(), rows[::2].mean(0), atol=1e-6)

@@ -35,6 +35,16 @@ def test_of_more_than_fit_the_last_stay_and_none_fit_an_empty_queue():
     assert none.rows.shape == (0, 2)
 
 
+def test_what_is_not_finite_leaves_its_place_empty():
+    """Fails if it is held: whatever is compared with the queue would be no number."""
+    queue, (features, keys) = FeatureQueue(4, 2), rows(1, 2, 3)
+    features = features.clone()
+    features[1, 0] = torch.nan
+    queue.push(features, keys)
+    assert held(queue) == [1, 3]
+    assert queue.rows.isfinite().all()
+
+
 def test_it_goes_on_where_it_was_saved():
     queue, resumed = FeatureQueue(3, 2), FeatureQueue(3, 2)
     queue.push(*rows(1, 2))

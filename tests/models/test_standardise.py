@@ -44,3 +44,13 @@ def test_a_feature_that_never_varies_stays_finite_and_small():
     standard.collect(x * 0)
     standard.update()
     assert torch.isfinite(standard(x * 0)).all()
+
+
+def test_half_precision_around_it_changes_nothing():
+    """Fails if moments are rounded: the variance is their difference, and smaller than the rounding."""
+    exact, under, x = Standardise(16), Standardise(16), draw()
+    for standard, half in ((exact, False), (under, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            standard.collect(x)
+            standard.update()
+    assert torch.equal(under(x), exact(x))

@@ -192,6 +192,20 @@ def test_a_resumed_run_is_bitwise_the_same_with_teacher_centres_queues_and_ancho
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in resumed.state_dict().items())
 
 
+@pytest.mark.parametrize("settings", [{}, {"ibot_centring": "sinkhorn", "ibot_queue": 64}], ids=["default", "balanced"])
+def test_one_batch_that_overflows_is_forgotten(tiny_plan, settings):
+    """Fails if a centre, moments or a queue take up what is not finite: every later loss would be no number."""
+    patch = PATCHES["2d"]
+    task = make_task(tiny_plan(patch), **settings)
+    run(task, patch, range(2))
+    views = views_of(task, make_batch(patch, 2), 2)
+    with torch.no_grad():
+        assert not task.train()({**views, "global0": views["global0"] * torch.nan}).loss.isfinite()
+        task.after_step(2, TOTAL)  # without an update
+    assert all(math.isfinite(loss) for loss in run(task, patch, range(3, 5)))
+    assert not any(value.isnan().any() for value in task.state_dict().values())
+
+
 @pytest.mark.parametrize("export", ["teacher", "student"])
 def test_the_network_that_was_asked_for_is_handed_on(make_plan, patch, export):
     task = make_task(make_plan(patch), export=export)
