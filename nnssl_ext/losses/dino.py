@@ -17,7 +17,8 @@ def dino_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) 
         A scalar in float32, in nats.
     """
     log_student = (student.float() / temperature).log_softmax(-1)
-    pairs = -torch.einsum("tbk,sbk->tsb", teacher.float(), log_student).mean(2)
+    with torch.autocast(student.device.type, enabled=False):
+        pairs = -torch.einsum("tbk,sbk->tsb", teacher.float(), log_student).mean(2)
     others = ~torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
     return pairs.masked_fill(~others, 0).sum() / others.sum()
 
@@ -40,7 +41,8 @@ def known_case(
         Two scalars in [0, 1], over all pairs of a teacher's view and another view of the student's. Ties are lost.
     """
     log_student = (student.float() / temperature).log_softmax(-1)
-    fit = torch.einsum("tbk,sck->tsbc", teacher.float(), log_student)
+    with torch.autocast(student.device.type, enabled=False):
+        fit = torch.einsum("tbk,sck->tsbc", teacher.float(), log_student)
     own = fit.diagonal(dim1=2, dim2=3)
     same = case[:, None] == case
     best = fit.masked_fill(same, -torch.inf).amax(3)

@@ -17,4 +17,5 @@ def gram_loss(student: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         A scalar in float32, in [0, 4].
     """
     ours, theirs = (functional.normalize(tokens.float(), dim=-1) for tokens in (student, anchor.detach()))
-    return (ours @ ours.transpose(1, 2) - theirs @ theirs.transpose(1, 2)).square().mean()
+    with torch.autocast(student.device.type, enabled=False):
+        return (ours @ ours.transpose(1, 2) - theirs @ theirs.transpose(1, 2)).square().mean()

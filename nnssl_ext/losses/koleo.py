@@ -27,7 +27,8 @@ def koleo(features: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, 
         return features.float().sum() * 0
     unit = functional.normalize(features.float(), dim=-1)
     around = functional.normalize(others.detach().float(), dim=-1)
-    similarity = (unit.detach() @ around.T).masked_fill(excluded, -math.inf)
+    with torch.autocast(features.device.type, enabled=False):
+        similarity = (unit.detach() @ around.T).masked_fill(excluded, -math.inf)
     best, nearest = similarity.max(1)
     found = best > -math.inf
     distance = ((unit - around[nearest]).square().sum(-1) + eps**2).sqrt()  # the root of 0 has no finite slope

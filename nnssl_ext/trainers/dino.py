@@ -256,7 +256,7 @@ class DINO(PretextTask):
         return {}, {}
 
     def _spread(self, maps: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-        tokens = flat_tokens(maps[self.level][:size].detach())
+        tokens = flat_tokens(maps[self.level][:size].detach().float())
         return token_spread(tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool))
 
     def after_step(self, step: int, total: int) -> None:

@@ -108,7 +108,8 @@ def test_gram_compares_all_pairs_and_not_the_tokens_themselves():
 
 
 @pytest.mark.parametrize("loss", ["dino", "ibot", "koleo", "gram"])
-def test_losses_are_computed_in_float32_whatever_they_are_given(loss):
+def test_losses_are_computed_in_float32_whatever_is_around_them(loss):
+    """Fails if a product is left to autocast, which rounds float32 factors to eight bits."""
     a, b = draw(2, 3, 4).bfloat16(), draw(2, 3, 4, seed=1).bfloat16()
     own = torch.eye(3, dtype=torch.bool)
     value = {
@@ -119,6 +120,11 @@ def test_losses_are_computed_in_float32_whatever_they_are_given(loss):
     }[loss]
     assert value(a, b).dtype == torch.float32
     assert value(a, b).item() == pytest.approx(value(a.float(), b.float()).item(), rel=1e-2)
+    a, b = draw(2, 3, 4) + 30, draw(2, 3, 4, seed=1)  # nearly the same directions: rounded, others are the nearest
+    with torch.autocast("cpu", torch.bfloat16):
+        under = value(a, b)
+    assert under.dtype == torch.float32
+    assert torch.equal(under, value(a, b))
 
 
 def test_a_case_is_known_where_its_own_view_predicts_its_target_best():
