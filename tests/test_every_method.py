@@ -158,6 +158,18 @@ def test_loss_is_finite_and_what_is_logged_carries_no_gradient(trainer, plan):
         assert all(value.ndim == task.configuration.dims + 2 for value in (output.images or {}).values())
 
 
+@pytest.mark.parametrize("plan", [2], ids=["2d"], indirect=True)
+def test_the_loss_is_float32_in_a_pass_in_half_precision(trainer, plan):
+    """Fails if a loss is left to autocast, or a task mixes types that do not mix."""
+    task = build(trainer, plan)
+    batch = make_batch(task)
+    views = task.views(batch, SampleRandom(seed=1, step=0, samples=batch.samples), train=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task(views).loss
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+
+
 def test_chance_stands_beside_its_metric(trainer, plan):
     task = build(trainer, plan)
     metrics = forward(task, make_batch(task), step=0, train=False).metrics
