@@ -299,8 +299,8 @@ def pick(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return values.expand(len(kept), -1, -1).gather(1, index)
 
 
-def attended(filled: torch.Tensor, num_registers: int = 0) -> torch.Tensor | None:
-    """Which places attention looks at.
+def attended(filled: torch.Tensor, num_registers: int = 0) -> torch.Tensor:
+    """Which places attention looks at; whether all of them are is not asked, for a GPU would have to be waited for.
 
     The first place always counts, since attention to nothing is not a number.
 
@@ -309,10 +309,8 @@ def attended(filled: torch.Tensor, num_registers: int = 0) -> torch.Tensor | Non
         num_registers: Tokens before them, which always count.
 
     Returns:
-        (B, 1, 1, registers + n), bool; None where no place is empty.
+        (B, 1, 1, registers + n), bool.
     """
-    if filled.all():
-        return None
     first = torch.arange(filled.shape[1], device=filled.device) == 0
     return functional.pad(filled | first, (num_registers, 0), value=True)[:, None, None]
 

@@ -125,6 +125,15 @@ def test_empty_places_have_no_influence():
     assert torch.isfinite(encoder.tokens(x, torch.full((2, 3), -1))).all()
 
 
+def test_no_device_is_waited_for():
+    """A value of a meta tensor cannot be read, as reading one from a GPU would stop the training.
+
+    Catches asking whether any place is empty before the blocks are run.
+    """
+    encoder = make_encoder(registers=1).to("meta")
+    assert encoder.tokens(image((8, 16, 12)).to("meta"), torch.tensor([[2, -1], [1, 2]]).to("meta")).shape == (2, 2, 24)
+
+
 def test_tokens_lie_at_their_places():
     """The map's position (i, j, k) holds the token of the box of voxels at (i, j, k), on a patch that is no cube."""
     encoder = make_encoder()
