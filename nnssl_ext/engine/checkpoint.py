@@ -185,6 +185,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If the file is damaged, or is no checkpoint of this kind.
     """
+    checkpoint = _read(path)
+    if "network_weights" not in checkpoint:
+        raise ValueError(f"{path} holds no network_weights: it is not a pretraining checkpoint")
+    return checkpoint
+
+
+def load_resume(path: Path) -> dict[str, Any]:
+    """Reads what a run goes on from, of a checkpoint or of a state that holds nothing else.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the file is damaged, or only the weights are in it.
+    """
+    checkpoint = _read(path)
+    if "resume" not in checkpoint:
+        raise ValueError(f"{path} is of a finished run: there is nothing in it to go on from")
+    return checkpoint["resume"]
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}. Make one with: nnssl_train DATASET CONFIG -tr TRAINER")
     try:
@@ -193,7 +213,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {error}. Use another checkpoint_*.pth beside it, or a fresh copy"
         ) from error
-    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
+    if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds no network_weights: it is not a pretraining checkpoint")
     return checkpoint
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nnssl_ext.engine.alarms import Alarm, Response
+from nnssl_ext.engine.distributed import gather
 from nnssl_ext.engine.health import Monitor, Retrieval
 from nnssl_ext.engine.recovery import Ring, keep_interventions, write_intervention
 from nnssl_ext.engine.steps import DivergedError, Stepper, Validation
@@ -38,14 +39,16 @@ class Guard:
     Args:
         stepper: Of the run.
         folder: Of the run.
-        total: Optimiser steps of the run.
+        latest: Its checkpoint to go on from: what a task that shows no embeddings goes back to.
         main: Whether this process writes files.
     """
 
-    def __init__(self, stepper: Stepper, folder: Path, total: int, main: bool) -> None:
-        self.stepper, self.folder, self.main = stepper, folder, main
-        self.monitor = Monitor(stepper.trainer.health, total)
-        self.ring, self.interval = Ring(folder / "ring"), Ring.interval(total)
+    def __init__(self, stepper: Stepper, folder: Path, latest: Path, main: bool) -> None:
+        self.stepper, self.folder, self.latest, self.main = stepper, folder, latest, main
+        trainer = stepper.trainer
+        self.monitor = Monitor(trainer.health, trainer.total_steps)
+        self.ring = Ring(folder / "ring")
+        self.interval = Ring.interval(trainer.total_steps, trainer.steps_per_epoch)
         self.num_records = 0
         stepper.observe = self.monitor.observe
 
@@ -96,12 +99,12 @@ class Guard:
             self.monitor.observe(batch.cases, shown)
         return len(batch.cases)
 
-    def after_step(self, step: int, checkpoint: Callable[[], dict[str, Any]]) -> None:
+    def after_step(self, step: int, resume: Callable[[], dict[str, Any]]) -> None:
         """Looks, answers, and keeps states that gave no alarm.
 
         Args:
             step: Steps taken.
-            checkpoint: Makes a checkpoint to go on from.
+            resume: Makes a state to go on from.
 
         Raises:
             RollBackError: Where the run has to go back; `go_back` does it.
@@ -112,8 +115,16 @@ class Guard:
         alarm = self.monitor.look(step) if self.monitor.due(step) else None
         if alarm is not None:
             self._answer(alarm, step)
-        elif step % self.interval == 0 and self.main:
-            self.ring.save(step, checkpoint())
+        elif self.main and self._keeps(step):
+            self.ring.save(step, resume())
+
+    def _keeps(self, step: int) -> bool:
+        """Whether an alarm may send the run back to the state after so many steps."""
+        return step % self.interval == 0 and bool(self.monitor.queue.rows) and self.monitor.may_intervene
+
+    def _earlier(self) -> Path | None:
+        """The newest state to go back to; None where there is none."""
+        return self.ring.newest() or (self.latest if self.latest.exists() else None)
 
     def _answer(self, alarm: Alarm, step: int) -> None:
         logger.warning("Step %d: %s.", step, alarm.diagnosis)
@@ -172,6 +183,8 @@ class Guard:
     ) -> None:
         """Goes back to the newest state that was well, with the knobs turned since, and turns those of the alarm.
 
+        All ranks have read that state when this returns on any.
+
         Args:
             reason: Why.
             step: Steps taken.
@@ -180,7 +193,7 @@ class Guard:
         Raises:
             DivergedError: The reason itself, where nothing can be done any more.
         """
-        path = self.ring.newest()
+        path = self._earlier()
         if path is None or not self.monitor.may_intervene:
             raise reason
         if isinstance(reason, DivergedError):
@@ -191,6 +204,7 @@ class Guard:
             alarm = reason.alarm
         history, factor, num_records = self.monitor.history, self.stepper.lr_factor, self.num_records
         resumed_at = restore(path)
+        gather("restored")  # what every rank has read, rank 0 may write anew
         for past in history[len(self.monitor.history) :]:
             for response in past["responses"]:
                 self._respond(response)

@@ -21,7 +21,7 @@ import torch
 
 from nnssl_ext.core.random import seed_of
 from nnssl_ext.core.records import write_json
-from nnssl_ext.engine.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
+from nnssl_ext.engine.checkpoint import build_checkpoint, load_resume, save_checkpoint
 from nnssl_ext.engine.device import cpu_has_bf16, kernels
 from nnssl_ext.engine.distributed import World, any_rank, current_world, process_group
 from nnssl_ext.engine.guard import Guard, RollBackError
@@ -137,7 +137,7 @@ class _Run:
         )
         self.failed = FailedCases(len(self.split.train) + len(self.split.val))
         self.train, self.val = self._loader("training"), self._loader("validation")
-        self.guard = Guard(self.stepper, self.folder.path, self.trainer.total_steps, world.main)
+        self.guard = Guard(self.stepper, self.folder.path, self.folder.latest, world.main)
         self.progress = self._resume()
         self.watch = Stopwatch(self.device)
         self.speed = self.watch.speed(0.0)
@@ -157,7 +157,7 @@ class _Run:
         return progress
 
     def _take_up(self, path: Path) -> Progress:
-        resume = load_checkpoint(path)["resume"]
+        resume = load_resume(path)
         self.stepper.task.load_state_dict(resume["task"])
         self.stepper.load_state(resume)
         self.guard.load_state(resume["health"])
@@ -216,7 +216,7 @@ class _Run:
             values = self.stepper.train_step(islice(batches, self.trainer.accumulate), self.progress.step)
             self.progress.step += 1
             self.progress.meter.add(values)
-            self.guard.after_step(self.progress.step, self._resumable)
+            self.guard.after_step(self.progress.step, self._resume_state)
             self.speed = self.watch.step(loader.wait_seconds)
             bar.step(values["loss"], self.speed)
             if self._stopping():
@@ -275,17 +275,16 @@ class _Run:
 
     def _save_latest(self) -> None:
         if self.world.main:
-            save_checkpoint(self.folder.latest, self._resumable())
+            save_checkpoint(self.folder.latest, self._checkpoint(self._resume_state()))
 
-    def _resumable(self) -> dict[str, Any]:
-        """A checkpoint with all that going on needs."""
-        resume = {
+    def _resume_state(self) -> dict[str, Any]:
+        """All that going on needs."""
+        return {
             "task": self.stepper.task.state_dict(),
             "progress": self.progress.state(),
             "health": self.guard.state(),
             **self.stepper.state(),
         }
-        return self._checkpoint(resume)
 
     def _checkpoint(self, resume: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return build_checkpoint(

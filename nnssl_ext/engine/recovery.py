@@ -20,22 +20,22 @@ LEAST_STEPS = 50
 
 @dataclass(frozen=True)
 class Ring:
-    """The newest states that gave no alarm, each a checkpoint as good as any other, in a folder of the run."""
+    """The newest states that gave no alarm, in a folder of the run; what a run goes on from, without a network."""
 
     folder: Path
 
     @staticmethod
-    def interval(total: int) -> int:
-        """Steps between two states of a run of so many steps."""
-        return max(total // SHARE, LEAST_STEPS)
+    def interval(total: int, steps_per_epoch: int) -> int:
+        """Steps between two states of a run of so many steps: an epoch or more, since states are large."""
+        return max(total // SHARE, LEAST_STEPS, steps_per_epoch)
 
     def path(self, step: int) -> Path:
         """Where the state after so many steps lies."""
         return self.folder / f"step_{step:09d}.pth"
 
-    def save(self, step: int, checkpoint: Mapping[str, Any]) -> None:
+    def save(self, step: int, resume: Mapping[str, Any]) -> None:
         """Keeps a state; later ones are of a past that was given up, and the oldest one makes room."""
-        save_checkpoint(self.path(step), checkpoint)
+        save_checkpoint(self.path(step), {"resume": resume})
         self.forget_after(step)
         for path in sorted(self.folder.glob("step_*.pth"))[:-KEEP]:
             path.unlink()

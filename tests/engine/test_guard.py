@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from nnssl_ext.engine import guard as guard_module
+from nnssl_ext.engine import loop as loop_module
 from nnssl_ext.engine.alarms import Alarm
 from nnssl_ext.engine.checkpoint import load_checkpoint
 from nnssl_ext.engine.guard import Guard
@@ -308,14 +310,70 @@ def test_a_run_is_judged_once_also_when_it_was_resumed(spec, monkeypatch):
     assert asked == [(0, 4), (4, 8), (8, 12)]
 
 
+def test_states_are_an_epoch_apart_or_more():
+    assert Ring.interval(250_000, 250) == 5000
+    assert Ring.interval(2500, 250) == 250
+    assert Ring.interval(100, 1) == 50
+
+
+def test_states_to_go_back_to_hold_no_network_and_are_kept_where_going_back_is_possible(spec, monkeypatch):
+    """Not of a task that shows no embeddings, nor where the monitor may only warn: they are large."""
+    alarm_at(monkeypatch)
+    saved = []
+    monkeypatch.setattr(Ring, "save", lambda ring, step, resume: saved.append((step, "network_weights" in resume)))
+    pretrain(spec)
+    assert saved == [(step, False) for step in range(2, 13, 2)]
+    saved.clear()
+    pretrain(warned(replace(spec, folder=spec.folder.with_name("warned"))))
+    pretrain(blind(replace(spec, folder=spec.folder.with_name("blind")), monkeypatch))
+    assert saved == []
+
+
+def warned(spec: RunSpec) -> RunSpec:
+    return replace(spec, trainer=replace(spec.trainer, health=replace(spec.trainer.health, act=False)))
+
+
+def blind(spec: RunSpec, monkeypatch) -> RunSpec:
+    """The same task, which shows nothing."""
+    original = Pair.forward
+    monkeypatch.setattr(Pair, "forward", lambda task, views: StepOutput(loss=original(task, views).loss))
+    return spec
+
+
+def test_a_task_without_embeddings_goes_back_to_its_checkpoint_when_all_ranks_have_read_it(spec, monkeypatch):
+    """Rank 0 writes that file anew with the knobs turned; a rank that read it later would turn them twice."""
+    alarm_at(monkeypatch)
+    events = []
+    for module, name in ((guard_module, "gather"), (loop_module, "save_checkpoint")):
+        monkeypatch.setattr(module, name, noted(events, name, getattr(module, name)))
+    monkeypatch.setattr(_Run, "_take_up", noted(events, "read", _Run._take_up))
+    monkeypatch.setattr(
+        Pair, "after_step", lambda task, *_: task.taken.fill_(0 if "read" in events else task.taken + 1)
+    )
+    spec = replace(spec, settings=replace(spec.settings, save_every=1))
+    trainer = replace(spec.trainer, task_config=PairConfig(poisoned=(5, 6, 7)))
+    assert pretrain(blind(replace(spec, trainer=trainer), monkeypatch)) is Outcome.FINISHED
+    assert lines(spec.folder, "interventions.jsonl")[-1]["resumed_at"] == 4
+    place = events.index("read")
+    assert events[place : place + 3] == ["read", "gather", "save_checkpoint"]
+
+
+def noted(events: list[str], name: str, function):
+    def call(*arguments):
+        events.append(name)
+        return function(*arguments)
+
+    return call
+
+
 def test_the_ring_keeps_the_newest_and_forgets_a_future_that_was_given_up(tmp_path):
     ring = Ring(tmp_path / "ring")
     assert ring.newest() is None
     for step in (2, 4, 6, 8, 4):
-        ring.save(step, {"network_weights": {}})
+        ring.save(step, {})
     assert sorted(path.name for path in ring.folder.iterdir()) == ["step_000000004.pth"]
     for step in (6, 8, 10):
-        ring.save(step, {"network_weights": {}})
+        ring.save(step, {})
     assert [int(path.stem[5:]) for path in sorted(ring.folder.iterdir())] == [6, 8, 10]
     assert ring.newest() == ring.path(10)
     ring.remove()
