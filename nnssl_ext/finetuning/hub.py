@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -63,28 +64,56 @@ def locate(checkpoint: Path | str) -> Path:
 
 def _download(address: Address) -> Path:
     try:
-        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise ValueError(
             f"hf://{address.repository} needs huggingface_hub. Install it: pip install 'nnssl_ext[hub]'"
         ) from error
     try:
-        files = (
-            [address.file] if address.file else HfApi().list_repo_files(address.repository, revision=address.revision)
-        )
-        file = address.file or choose_file(files, address.repository)
+        file = address.file or _find(address)
         path = Path(hf_hub_download(address.repository, file, revision=address.revision))
         if path.suffix == ".safetensors":  # the plan goes to the same folder of the cache
             hf_hub_download(
                 address.repository, str(PurePosixPath(file).with_name(PLAN_FILE)), revision=address.revision
             )
-    except OSError as error:
+    except _errors() as error:
         raise FileNotFoundError(
             f"the hub does not give {address.file or 'the files'} of {address.repository}: {error}. Without a network, "
             "name a file of this machine with -pc"
         ) from error
     logger.info("checkpoint %s of %s: %s", file, address.repository, path)
     return path
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What the library raises where the hub does not answer, or says no: its own errors and its HTTP client's."""
+    from huggingface_hub.utils import HfHubHTTPError
+
+    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+
+
+def _find(address: Address) -> str:
+    """The checkpoint of a repository that is asked for without a file; one of the cache where the hub cannot list it.
+
+    Raises:
+        FileNotFoundError: See `choose_file`.
+        ValueError: See `choose_file`.
+        Exception: One of `_errors`, where the hub does not answer and the cache has none of the usual files.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        files = HfApi().list_repo_files(address.repository, revision=address.revision)
+    except _errors() as error:
+        for name in PREFERRED:
+            with suppress(FileNotFoundError):  # not in the cache either
+                hf_hub_download(address.repository, name, revision=address.revision, local_files_only=True)
+                logger.warning(
+                    "the hub does not list %s (%s): taking its %s in the cache", address.repository, error, name
+                )
+                return name
+        raise
+    return choose_file(files, address.repository)
 
 
 def choose_file(files: list[str], repository: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import HfHubHTTPError
 
 from nnssl_ext.cli import plan_finetuning as command
 from nnssl_ext.core.records import read_json, write_json
@@ -16,33 +17,39 @@ from nnssl_ext.finetuning.pretrained import read_pretrained
 
 from .conftest import checkpoint
 
+CLIENT_ERROR = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+"""What the library's HTTP client raises without a network; no OSError since version 1."""
+
 
 class Hub:
     """A repository of files, and what was asked of it."""
 
-    def __init__(self, folder: Path, error: OSError | None = None) -> None:
-        self.folder, self.error, self.asked = folder, error, []
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, []
+        self.error: Exception | None = None
 
     def list_repo_files(self, repository: str, revision: str | None = None) -> list[str]:
-        self._answer("list", repository, revision)
-        return sorted(path.name for path in self.folder.iterdir())
-
-    def hf_hub_download(self, repository: str, file: str, revision: str | None = None) -> str:
-        self._answer(file, repository, revision)
-        return str(self.folder / file)
-
-    def _answer(self, *asked: str | None) -> None:
-        self.asked.append(asked)
+        self.asked.append(("list", repository, revision))
         if self.error is not None:
             raise self.error
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def hf_hub_download(
+        self, repository: str, file: str, revision: str | None = None, local_files_only: bool = False
+    ) -> str:
+        """As the library does, a file of the cache is given without the hub; here every file is in the cache."""
+        self.asked.append((file, repository, revision))
+        if not (self.folder / file).is_file():
+            raise LocalEntryNotFoundError(f"{file} is not in the cache") if local_files_only else self.error
+        return str(self.folder / file)
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path / "snapshot")
     hub.folder.mkdir()
-    library = SimpleNamespace(HfApi=lambda: hub, hf_hub_download=hub.hf_hub_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
     return hub
 
 
@@ -114,10 +121,28 @@ def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch: pytest.Mo
         locate("hf://a/b")
 
 
-def test_what_the_hub_does_not_give_is_named(hub: Hub) -> None:
-    hub.error = ConnectionError("no route")
-    with pytest.raises(FileNotFoundError, match=r"does not give c\.pth of a/b: no route\. Without a network"):
-        locate("hf://a/b/c.pth")
+UNREACHABLE = [CLIENT_ERROR("no route"), OfflineModeIsEnabled("no route"), LocalEntryNotFoundError("no route")]
+
+
+@pytest.mark.parametrize("error", UNREACHABLE, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(("address", "words"), [("hf://a/b/c.pth", r"c\.pth"), ("hf://a/b", "the files")])
+def test_what_the_hub_does_not_give_is_named(hub: Hub, error: Exception, address: str, words: str) -> None:
+    """Fault: the HTTP client's errors, which are no OSErrors, reach the user as a traceback."""
+    hub.error = error
+    with pytest.raises(FileNotFoundError, match=rf"does not give {words} of a/b: no route\. Without a network"):
+        locate(address)
+
+
+@pytest.mark.parametrize("error", UNREACHABLE, ids=lambda error: type(error).__name__)
+def test_without_a_network_the_cache_is_read_and_the_log_says_so(
+    hub: Hub, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.error = error
+    (hub.folder / "checkpoint_final.safetensors").touch()
+    (hub.folder / "adaptation_plan.json").touch()
+    assert locate("hf://a/b") == hub.folder / "checkpoint_final.safetensors"
+    assert [record.levelname for record in caplog.records if record.levelname != "INFO"] == ["WARNING"]
+    assert "does not list a/b (no route): taking its checkpoint_final.safetensors in the cache" in caplog.text
 
 
 def test_which_file_is_asked_for_where_none_is_named() -> None:
