@@ -26,7 +26,8 @@ def add_arguments(target: argparse.ArgumentParser) -> None:
         "-pl",
         default="nnsslPlanner",
         metavar="PLANNER",
-        help="nnsslPlanner (memory decides; the default) or nnsslPlannerResEncXS, M, L, XL",
+        help="nnsslPlanner (a residual U-Net, memory decides; the default), nnsslPlannerResEncXS, M, L, XL (U-Nets of "
+        "a size) or nnsslPlannerPrimusXS, S, M, L (transformers)",
     )
     target.add_argument(
         "-gpu_memory_target",

@@ -1,4 +1,5 @@
 import json
+import re
 from math import prod
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl_ext.cli.plan_experiment import parser
 from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.fingerprint.record import CaseFingerprint, Fingerprint, IntensityStatistics
 from nnssl_ext.planners.plan import Plan
@@ -221,6 +223,14 @@ def test_unknown_planner_and_empty_dataset_are_refused():
         plan_for(shapes=[])
     transformers = [f"nnsslPlannerPrimus{size}" for size in ("XS", "S", "M", "L")]
     assert PLANNERS.names() == sorted(["nnsslPlanner", *PRESETS, *transformers])
+
+
+def test_the_commands_help_names_every_family_of_planners():
+    """Fault: the transformers were left out."""
+    words = " ".join(parser().format_help().split())
+    for name in PLANNERS.names():
+        family, size = re.fullmatch(r"(nnsslPlanner(?:ResEnc|Primus)?)(\w*)", name).groups()
+        assert re.search(rf"{family}\b" if not size else rf"{family}(XS|[^()]*\b{size}\b)", words), name
 
 
 def test_saved_beside_dataset_json_with_the_users_configurations_kept(tmp_path):
