@@ -145,8 +145,9 @@ def _print_plan(plan: FinetuningPlan, preprocess_first: bool) -> None:
     if plan.weights_path is not None:
         print(f"{plan.weights_path}\n  tensors: {', '.join(f'{n} {k}' for k, n in report['tensors'].items())}")
     print(f"{plan.report_path}\n\nNext:")
+    print('  eval "$(nnssl_env)"')
     if preprocess_first:
         print(f"  nnUNetv2_preprocess -d {int(dataset[7:10])} -plans_name {name} -c {configuration}")
-    print(f'  eval "$(nnssl_env)"; nnUNetv2_train {dataset} {configuration} 0 -p {name} -tr SSLFinetuneTrainer')
+    print(f"  nnUNetv2_train {dataset} {configuration} 0 -p {name} -tr SSLFinetuneTrainer")
     weights = f" -pretrained_weights {plan.weights_path}" if plan.weights_path else ""
     print(f"or with nnU-Net's own trainer:\n  nnUNetv2_train {dataset} {configuration} 0 -p {name}{weights}")

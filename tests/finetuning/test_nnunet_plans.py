@@ -223,6 +223,10 @@ def test_the_command_plans_preprocesses_and_says_what_comes_next(
     text = capsys.readouterr().out
     weights = labelled_dataset / "ptPlans__mae.pth"
     assert f"nnUNetv2_train {DATASET} 3d_fullres 0 -p ptPlans__mae -pretrained_weights {weights}" in text
+    lines = [line.strip() for line in text.splitlines()]
+    commands = [number for number, line in enumerate(lines) if line.startswith("nnUNetv2_")]
+    assert len(commands) == 2
+    assert lines.index('eval "$(nnssl_env)"') < commands[0]
     plans = read_json(labelled_dataset / "ptPlans__mae.json")
     assert plans[PLANS_KEY]["num_epochs"] == 3
     settings = plans["configurations"]["3d_fullres"]
