@@ -5,8 +5,9 @@ three losses of equal weight: the turn from pooled features of the encoder, a co
 voxels under the boxes. Encoder and decoder of a U-Net go to fine-tuning, of a transformer the encoder.
 
 Paper: Tang et al. 2022 (arXiv:2111.14791), there on a Swin transformer. Other than there, only hidden voxels are asked
-for, since a U-Net's skips would copy the visible ones; views show as much as fits into the volume in every turn, so no
-padding tells the turn; and crops of one case are no negatives of each other.
+for, since a U-Net's skips would copy the visible ones; views show as much as fits into the volume in every turn, and
+where it is so thin that padding would tell the turn all the same, the turn is not asked for; and crops of one case are
+no negatives of each other.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import cut_out
 from nnssl_ext.views.sham import drawn_classes, of_another_case
 from nnssl_ext.views.tokens import whole_places
-from nnssl_ext.views.turns import NUM_TURNS, quarter_turned, turning_plane
+from nnssl_ext.views.turns import NUM_TURNS, only_shown, quarter_turned, turning_plane
 
 WARMUP_STEPS = 500
 """The paper's."""
@@ -108,7 +109,7 @@ class SwinUNETR(PretextTask):
             check_negatives(configuration.batch_size, f"weights=[{config.weights[0]:g},0,{config.weights[2]:g}]")
         self.encoder, self.decoder = build_dense(configuration, configuration.num_input_channels)
         if is_transformer(self.encoder):
-            self.decoder.get_parameter("mask_token").requires_grad_(False)  # it stands for padding, which no view holds
+            self.decoder.get_parameter("mask_token").requires_grad_(False)  # for padding, as hardly a view holds
         self.turn_head = nn.Linear(self.encoder.channels[-1], NUM_TURNS)
         self.projector = nn.Linear(self.encoder.channels[-1], config.width)
         self.plane = turning_plane(configuration.patch_size, configuration.spacing, config.max_anisotropy)
@@ -118,12 +119,13 @@ class SwinUNETR(PretextTask):
 
         Returns:
             `target` (2B, C, *patch); `image`, likewise, 0 where cut out; `asked` and `valid` (2B, 1, *patch), bool:
-            what is cut out, and what is real; `turns` (2B,), 0 to 3; `case` (B,), a number for each case; `partner`
-            (B,), which second view belongs to each first one; for a transformer also `kept`, the tokens without
-            padding.
+            what is cut out, and what is real; `turns` (2B,), 0 to 3; `fair` (2B,), bool, False where padding
+            tells the turn; `case` (B,), a number for each case; `partner` (B,), which second view belongs to each first
+            one; for a transformer also `kept`, the tokens without padding.
         """
         first, second = (self._view(batch, random.child(name)) for name in ("first", "second"))
         views = {name: torch.cat([first[name], second[name]]) for name in first}
+        views["fair"] = only_shown(views["valid"], self.plane)
         views["case"] = case_keys(batch.cases, batch.data.device)
         views["partner"] = torch.arange(len(batch.data), device=batch.data.device)
         if is_transformer(self.encoder):
@@ -139,16 +141,17 @@ class SwinUNETR(PretextTask):
         return {"target": turned.data, "image": image, "asked": asked, "valid": turned.valid, "turns": turns}
 
     def forward(self, views: Views) -> StepOutput:
-        """The three losses, each beside its chance."""
-        target, image, asked, turns = (views[name] for name in ("target", "image", "asked", "turns"))
+        """The three losses, each beside its chance; that of a turn that padding tells counts as 0."""
+        target, image, asked = (views[name] for name in ("target", "image", "asked"))
+        turns, fair = views["turns"], views["fair"]
         output, pooled = run_dense(self.encoder, self.decoder, image, views["valid"], views.get("kept"))
         logits = self.turn_head(pooled).float()
         first, second = self.projector(pooled).chunk(2)
-        turn = functional.cross_entropy(logits, turns)
+        turn = (functional.cross_entropy(logits, turns, reduction="none") * fair).mean()
         contrast, chance = nt_xent(first, second[views["partner"]], self.config.temperature, views["case"])
         error = masked_l1(output, target, asked, asked)
         metrics = {
-            "turn_accuracy": (logits.detach().argmax(1) == turns).float().mean(),
+            "turn_accuracy": (fair & (logits.detach().argmax(1) == turns)).sum() / fair.sum().clamp(min=1),
             "turn_accuracy_chance": torch.full((), 1 / NUM_TURNS, device=target.device),
             "contrast": contrast.detach(),
             "contrast_chance": chance,

@@ -1,4 +1,8 @@
-"""Quarter turns in a plane, of which nothing but what is shown tells: neither padding, nor size, nor sharpness."""
+"""Quarter turns in a plane, of which nothing but what is shown tells: neither size, nor sharpness, nor padding.
+
+Padding does tell where a crop is so thin in that plane that the view is not shrunk far enough to lie in it;
+`only_shown` finds these.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +55,8 @@ def quarter_turned(
     """Each sample turned by so many times 90°, as `torch.rot90` turns, looked at in a window of fixed size.
 
     The window lies at the middle of the real voxels and shows as much as fits between them in each of the four
-    positions, whichever is drawn. The two axes of the plane are interpolated alike.
+    positions, whichever is drawn, but no less than a quarter of its edges: where fewer voxels are real along an axis,
+    it shows padding. The two axes of the plane are interpolated alike.
 
     Args:
         data: (B, C, *crop).
@@ -74,6 +79,20 @@ def quarter_turned(
     matrix = torch.eye(len(size), device=valid.device).repeat(len(valid), 1, 1)
     matrix[:, a, a], matrix[:, a, b], matrix[:, b, a], matrix[:, b, b] = cos, sin, -sin, cos
     return apply_transform(data, valid, SpatialTransform(tuple(size), matrix * zoom.view(-1, 1, 1), centre))
+
+
+def only_shown(valid: Tensor, plane: tuple[int, int]) -> Tensor:
+    """Whether views are without padding along the two axes of the plane; along others it is there in every turn alike.
+
+    Args:
+        valid: (B, 1, *window), bool.
+        plane: The two axes that they were turned in.
+
+    Returns:
+        (B,), bool.
+    """
+    others = [axis + 2 for axis in range(valid.ndim - 2) if axis not in plane]
+    return (valid.amax(others) if others else valid).flatten(1).all(1)
 
 
 def _sine(quarter: Tensor) -> Tensor:

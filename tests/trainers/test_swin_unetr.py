@@ -116,6 +116,25 @@ def test_the_loss_is_the_sum_of_its_parts(tiny_plan, patch_size):
     assert metrics["turn_accuracy_chance"] == 0.25
 
 
+def test_a_turn_that_padding_tells_is_not_asked_for(tiny_plan):
+    """The second crop is one voxel thin: of its two views, padding tells the turn, and neither is learned from.
+
+    Catches a loss that rewards looking for padding, and an accuracy that counts such views.
+    """
+    task, batch = make_task(tiny_plan((16, 16)), weights=(1, 0, 0)).eval(), make_batch((16, 16))
+    valid = torch.ones_like(batch.valid)
+    valid[1, :, 1:] = False
+    views = task.views(replace(batch, data=torch.where(valid, batch.data, 0), valid=valid), RANDOM, train=False)
+    assert views["fair"].tolist() == [True, False, True] * 2
+    logits = []
+    task.turn_head.register_forward_hook(lambda module, args, output: logits.append(output) or output.retain_grad())
+    output = task(views)
+    output.loss.backward()
+    assert (logits[0].grad != 0).any(1).tolist() == [True, False, True] * 2
+    hits = (logits[0].argmax(1) == views["turns"])[views["fair"]]
+    assert output.metrics["turn_accuracy"].item() == pytest.approx(hits.float().mean().item())
+
+
 def test_weights_switch_parts_off(tiny_plan):
     task = make_task(tiny_plan((24, 16)), weights=(0, 2, 0)).eval()
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnssl_ext.views.turns import quarter_turned, turning_plane
+from nnssl_ext.views.turns import only_shown, quarter_turned, turning_plane
 
 TURNS = torch.arange(4)
 
@@ -81,6 +81,21 @@ def test_planes_of_unequal_spacing_are_dropped_or_refused():
     assert turning_plane((40, 56, 40), (3, 1, 1), 1.1) == (1, 2)
     with pytest.raises(ValueError, match=r"no two axes .* 1\.1 or less.*-spacing iso"):
         turning_plane((40, 56, 40), (3, 2, 1), 1.1)
+
+
+@pytest.mark.parametrize(("real", "fair"), [((16, 16, 16), True), ((2, 16, 16), True), ((16, 2, 16), False)])
+def test_padding_that_tells_the_turn_is_found(real, fair):
+    """Two of sixteen voxels are real along an axis, and no view is shrunk to an eighth: it shows padding.
+
+    Catches a claim that none is there: two turns then differ from the two others in where their padding lies. Along the
+    axis that is turned about it lies alike in all.
+    """
+    shape, plane = (16, 16, 16), (1, 2)
+    valid = torch.zeros(4, 1, *shape, dtype=torch.bool)
+    valid[(slice(None), 0, *map(slice, real))] = True
+    view = quarter_turned(crops(shape), valid, TURNS, plane, shape)
+    assert only_shown(view.valid, plane).tolist() == [fair] * 4
+    assert torch.equal(view.valid[0], view.valid[1]) == fair
 
 
 def test_turns_stay_on_the_device():
