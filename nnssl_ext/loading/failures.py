@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 
 from nnssl_ext.preprocessing.errors import CorruptCaseError
 
@@ -32,8 +33,26 @@ class FailedCases:
         if case_id in self.reasons:
             return
         self.reasons[case_id] = reason
-        count = f"{len(self.reasons)} of {self.num_cases} cases cannot be read"
+        self._check()
+        logger.warning("%s; others take the place of this one: %s", self._count, reason)
+
+    def unite(self, reasons: Iterable[Mapping[str, str]]) -> None:
+        """Takes in what every process that trains found: each reads its share of the cases only.
+
+        Args:
+            reasons: Of each process, its own included, in an order that is the same everywhere.
+
+        Raises:
+            CorruptCaseError: See `add`; in every process.
+        """
+        self.reasons = {case_id: reason for found in reasons for case_id, reason in found.items()}
+        self._check()
+
+    @property
+    def _count(self) -> str:
+        return f"{len(self.reasons)} of {self.num_cases} cases cannot be read"
+
+    def _check(self) -> None:
         if len(self.reasons) > MAX_FAILED_SHARE * self.num_cases:
             listed = "; ".join(list(self.reasons.values())[:MAX_LISTED])
-            raise CorruptCaseError(f"{count}, which is more than {MAX_FAILED_SHARE:.0%}: {listed}")
-        logger.warning("%s; others take the place of this one: %s", count, reason)
+            raise CorruptCaseError(f"{self._count}, which is more than {MAX_FAILED_SHARE:.0%}: {listed}")

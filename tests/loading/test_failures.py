@@ -116,3 +116,17 @@ def test_failures_of_two_loaders_add_up_and_count_once() -> None:
         failed.add(name, f"{name} is gone")
     with pytest.raises(CorruptCaseError, match=r"3 of 200 .*: a is gone; b is gone; c is gone"):
         failed.add("c", "c is gone")
+
+
+def test_failures_of_all_processes_count_together() -> None:
+    """Fault: each process counts its own against all cases, and many times the allowed share goes unnoticed."""
+    here, there = FailedCases(200), FailedCases(200)
+    for failed, names in ((here, "ab"), (there, "bc")):
+        for name in names:
+            failed.add(name, f"{name} is gone")
+    for failed in (here, there):
+        with pytest.raises(CorruptCaseError, match=r"3 of 200 .*: a is gone; b is gone; c is gone"):
+            failed.unite([{"a": "a is gone", "b": "b is gone"}, {"b": "b is gone", "c": "c is gone"}])
+    few = FailedCases(200)
+    few.unite([{"a": "a is gone"}, {}, {"a": "a is gone"}])
+    assert few.reasons == {"a": "a is gone"}
