@@ -39,7 +39,7 @@ from nnssl_ext.models.queue import case_keys
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import fill_with_noise, on_rows, paint_boxes
-from nnssl_ext.views.sham import of_another_case
+from nnssl_ext.views.sham import of_another_case, restore_another_case
 from nnssl_ext.views.shuffles import scattered_windows, shuffle_within
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
 from nnssl_ext.views.tokens import whole_places
@@ -157,13 +157,7 @@ class Inpainting(PretextTask):
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """Crop to restore and partner of the contrast are another case's; see `PretextTask.sham`."""
-        valid = views["valid"] & of_another_case(views["valid"])
-        return {
-            **views,
-            "target": of_another_case(views["target"]),
-            "valid": valid,
-            "partner": of_another_case(views["partner"]),
-        }
+        return {**restore_another_case(views, asked="valid"), "partner": of_another_case(views["partner"])}
 
     def export_network(self) -> nn.Module:
         """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""

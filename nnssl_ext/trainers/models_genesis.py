@@ -27,7 +27,7 @@ from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import bend_intensities, fill_with_noise, on_rows, paint_boxes
-from nnssl_ext.views.sham import of_another_case
+from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.shuffles import shuffle_within, tiled_windows
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
 from nnssl_ext.views.tokens import whole_places
@@ -124,8 +124,7 @@ class ModelsGenesis(PretextTask):
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The crop to restore is another case's; see `PretextTask.sham`."""
-        valid = views["valid"] & of_another_case(views["valid"])
-        return {**views, "target": of_another_case(views["target"]), "valid": valid}
+        return restore_another_case(views, asked="valid")
 
     def export_network(self) -> nn.Module:
         """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""

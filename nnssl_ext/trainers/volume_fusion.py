@@ -24,7 +24,7 @@ from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import paint_boxes
-from nnssl_ext.views.sham import of_another_case
+from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, spatial_view
 from nnssl_ext.views.tokens import whole_places
 
@@ -123,8 +123,7 @@ class VolumeFusion(PretextTask):
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The classes are those of another sample's boxes; see `PretextTask.sham`."""
-        valid = views["valid"] & of_another_case(views["valid"])
-        return {**views, "classes": of_another_case(views["classes"]), "valid": valid}
+        return restore_another_case(views, target="classes", asked="valid")
 
     def export_network(self) -> nn.Module:
         """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""

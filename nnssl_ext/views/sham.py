@@ -10,31 +10,34 @@ from torch import Tensor
 from nnssl_ext.core.random import SampleRandom
 
 
-def of_another_case(tensor: Tensor, images: int = 1) -> Tensor:
-    """Hands every sample the rows of the sample before it; the first one gets those of the last.
+def of_another_case(tensor: Tensor) -> Tensor:
+    """Hands every sample the row of the sample before it; the first one gets that of the last.
 
     The rows of one batch show different cases, save where a round over the cases ends within it.
 
     Args:
-        tensor: (B, ...).
-        images: Consecutive rows that make up one sample, which stay together.
+        tensor: (B, ...), a row for each sample.
 
     Raises:
         ValueError: With a single sample, which has no other to take from.
     """
-    if len(tensor) <= images:
+    if len(tensor) == 1:
         raise ValueError("a sham takes targets from the other cases of a batch: use a -batch_size of 2 or more")
-    return tensor.roll(images, dims=0)
+    return tensor.roll(1, dims=0)
 
 
-def restore_another_case(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def restore_another_case(
+    views: Mapping[str, Tensor], target: str = "target", asked: str = "asked"
+) -> dict[str, Tensor]:
     """The views of a restoration, whose voxels to restore are those of another case.
 
     Args:
-        views: With `target` (B, C, *patch), and `asked` (B, 1, *patch), bool: where it is asked for.
+        views: All of them.
+        target: Name of what is asked for, (B, C, *patch).
+        asked: Name of where it is asked for, (B, 1, *patch), bool; for another case where it is for both.
     """
-    target, asked = of_another_case(views["target"]), of_another_case(views["asked"])
-    return {**views, "target": target, "asked": views["asked"] & asked}
+    both = views[asked] & of_another_case(views[asked])
+    return {**views, target: of_another_case(views[target]), asked: both}
 
 
 def drawn_classes(classes: Tensor, num_classes: int, random: SampleRandom) -> Tensor:

@@ -1,22 +1,29 @@
-"""Destroyed targets: nobody keeps his own, samples stay whole, drawn classes tell nothing."""
+"""Destroyed targets: nobody keeps his own, padding is not asked for, drawn classes tell nothing."""
 
 import pytest
 import torch
 
 from nnssl_ext.core.random import SampleRandom
-from nnssl_ext.views.sham import drawn_classes, of_another_case
+from nnssl_ext.views.sham import drawn_classes, of_another_case, restore_another_case
 
 
-@pytest.mark.parametrize(("images", "expected"), [(1, [3, 0, 1, 2]), (2, [2, 3, 0, 1])])
-def test_every_sample_gets_the_rows_of_another(images, expected):
-    rows = torch.arange(4)[:, None].expand(4, 3)
-    assert of_another_case(rows, images)[:, 0].tolist() == expected
+def test_every_sample_gets_the_row_of_another():
+    assert of_another_case(torch.arange(4)[:, None].expand(4, 3))[:, 0].tolist() == [3, 0, 1, 2]
 
 
-@pytest.mark.parametrize(("rows", "images"), [(1, 1), (2, 2)])
-def test_a_single_sample_is_refused(rows, images):
+def test_what_is_restored_is_another_case_where_both_are_asked_for():
+    """Catches padding of either case that is asked for, and views that are changed besides."""
+    views = {"classes": torch.tensor([[1, 2], [3, 4]]), "valid": torch.tensor([[True, True], [True, False]])}
+    image = torch.zeros(2, 2)
+    sham = restore_another_case({**views, "image": image}, target="classes", asked="valid")
+    assert sham["classes"].tolist() == [[3, 4], [1, 2]]
+    assert sham["valid"].tolist() == [[True, False], [True, False]]
+    assert sham["image"] is image
+
+
+def test_a_single_sample_is_refused():
     with pytest.raises(ValueError, match="batch_size of 2 or more"):
-        of_another_case(torch.zeros(rows, 3), images)
+        of_another_case(torch.zeros(1, 3))
 
 
 def test_drawn_classes_are_uniform_and_do_not_depend_on_the_true_ones():
