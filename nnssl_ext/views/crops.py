@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from nnssl_ext.views.transform import (
     SpatialTransform,
     SpatialView,
     apply_transform,
+    columns,
     half_extent,
     place_view,
     valid_box,
@@ -21,6 +23,8 @@ from nnssl_ext.views.transform import (
 
 UNMOVED = SpatialConfig(flip=0, rotation=0, scaling=0, elastic=0)
 """Nothing happens."""
+_ROUNDING = 1e-3
+"""Voxels by which a view that fits may stick out."""
 
 
 def centre_view(data: Tensor, valid: Tensor, size: Sequence[int]) -> SpatialView:
@@ -56,7 +60,8 @@ def random_crop(
         random: Keyed by sample; use a child for each view.
         scale: Smallest and largest edge as a share of the largest crop of that shape that fits, in (0, 1].
         size: Voxels of the view per axis.
-        config: Flips, rotations and so on; a rotated crop is shrunk to stay inside.
+        config: Flips, rotations and so on; a rotated crop is shrunk to stay inside, and left unrotated where it would
+            have to shrink too far, as in a slab.
 
     Raises:
         ValueError: If the scales are out of range.
@@ -117,7 +122,18 @@ def _place(
     if not 0 < low <= high <= 1:
         raise ValueError(f"scale={scale} must be two numbers in (0, 1], the smaller one first.")
     lower, upper = valid_box(valid)
-    edges = torch.tensor(size, device=valid.device)
+    edges, extent = torch.tensor(size, device=valid.device), upper - lower
     share = torch.from_numpy(random.uniform("crop_scale", low, high)).to(valid.device)
-    zoom = share * ((upper - lower) / (edges - 1).clamp(min=1)).amin(1)
-    return draw_transform(valid, spacing, random, replace(config, inside=True), size, zoom, place)
+    room = torch.where(extent > 0, extent / (edges - 1).clamp(min=1), math.inf).amin(1)
+    zoom = share * torch.where(room < math.inf, room, 1)
+    config = replace(config, inside=True)
+    drawn = draw_transform(valid, spacing, random, config, size, zoom, place)
+    straight = draw_transform(valid, spacing, random, replace(config, rotation=0, elastic=0), size, zoom, place)
+    fits = (half_extent(drawn.matrix, drawn.displacement, size) <= extent / 2 + _ROUNDING).all(1)
+    displacement = None if drawn.displacement is None else drawn.displacement * columns(fits[:, None], len(size))
+    return replace(
+        drawn,
+        matrix=torch.where(fits[:, None, None], drawn.matrix, straight.matrix),
+        centre=torch.where(fits[:, None], drawn.centre, straight.centre),
+        displacement=displacement,
+    )

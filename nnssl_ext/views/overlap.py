@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,8 @@ def shown_by(other: SpatialTransform, view: SpatialTransform) -> Tensor:
         (B, 1, *size of the view), bool.
     """
     dims = len(view.size)
-    offset = view.coordinates() - columns(other.centre, dims)
-    inverse = torch.linalg.inv(other.matrix)
+    offset = replace(view, centre=view.centre - other.centre).coordinates()
+    inverse = torch.linalg.inv_ex(other.matrix).inverse
     voxel = torch.stack([columns(row, dims).mul(offset).sum(1) for row in inverse.unbind(1)], 1)
     half = columns(torch.tensor(other.size, device=offset.device)[None] / 2, dims)
     return (voxel.abs() <= half).all(1, keepdim=True)

@@ -80,14 +80,18 @@ def place_view(
         matrix: (B, D, D), crop voxels per voxel of the view.
         displacement: (B, D, *size), in voxels of the view, or None.
         size: Voxels of the view per axis.
-        inside: Whether to shrink the view until it fits.
+        inside: Whether to shrink the view until it fits. Along an axis with a single real voxel, that one is shown
+            throughout.
         place: (B, D), from 0 (at the first real voxels) to 1 (at the last ones); None: at the middle of the crop, moved
             by what it takes.
     """
     lower, upper = valid_box(valid)
+    flat = inside & (upper == lower)
+    matrix = matrix * torch.where(flat, _TINY, 1).unsqueeze(2)  # not 0: a map that can be inverted
     half = half_extent(matrix, displacement, size)
     if inside:
-        shrink = ((upper - lower) / 2 / half.clamp(min=_TINY)).amin(1, keepdim=True).clamp(_MOST_SHRUNK, 1)
+        fitting = (upper - lower) / 2 / half.clamp(min=_TINY)
+        shrink = fitting.masked_fill(flat, 1).amin(1, keepdim=True).clamp(_MOST_SHRUNK, 1)
         matrix, half = matrix * shrink.unsqueeze(2), half * shrink
     first, last = lower + half, upper - half
     if place is None:

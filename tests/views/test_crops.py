@@ -64,6 +64,24 @@ def test_rotated_crops_stay_inside() -> None:
     assert random_crop(data, valid, mm, RANDOM, (0.3, 0.9), (12, 12, 8), config).valid.all()
 
 
+@pytest.mark.parametrize("slices", [1, 2, 4])
+def test_rotated_crops_of_a_slab_stay_inside_and_show_something(slices: int) -> None:
+    """Fails if a crop that may not shrink further sticks out, or if one of a single slice shows one point of it."""
+    data, valid, mm = crops((6, 54, 54))
+    valid[:, :, slices:] = False
+    config = SpatialConfig(rotation=1, scaling=1, elastic=0.5)
+    view = random_crop(data, valid, mm, RANDOM, (0.3, 0.9), (4, 40, 40), config)
+    assert view.valid.all()
+    assert (view.data.flatten(1).std(1) > 0.1).all()
+
+
+def test_a_crop_that_fits_is_rotated() -> None:
+    """Fails if the way out of slabs is taken everywhere."""
+    data, valid, mm = crops(CROPS[1])
+    matrix = random_crop(data, valid, mm, RANDOM, (0.3, 0.9), (8, 8), SpatialConfig(rotation=1)).transform.matrix
+    assert (matrix[:, 0, 1].abs() > 1e-3).float().mean() > 0.9
+
+
 def test_two_children_give_two_crops() -> None:
     data, valid, mm = crops(CROPS[1])
     views = [random_crop(data, valid, mm, RANDOM.child(name), (0.4, 0.8), (8, 8)) for name in ("one", "two")]

@@ -59,6 +59,17 @@ def test_pairs_overlap_inside_the_real_voxels(shape, rotation):
     assert (apart.amax(1) > 0.05).float().mean() > 0.9
 
 
+def test_a_single_real_slice_is_shown_by_both():
+    """Fails if the map of a flat view cannot be inverted: it took the run down."""
+    valid = torch.zeros(BATCH, 1, 6, 30, 30, dtype=torch.bool)
+    valid[:, :, 4] = True
+    config = SpatialConfig(rotation=1)
+    first, second = place_pair(valid, torch.ones(BATCH, 3), RANDOM, (0.6, 0.9), (4, 16, 16), config, shift=0.1)
+    assert 0.3 < shown_by(second, first).float().mean() < 1
+    assert shown_by(first, first).all()
+    assert (first.coordinates()[:, 0] - 4).abs().max() < 1e-3
+
+
 def test_a_pair_without_shift_lies_within_one_another():
     valid = torch.ones(BATCH, 1, 24, 30, dtype=torch.bool)
     pair = place_pair(valid, torch.ones(BATCH, 2), RANDOM, (0.3, 1.0), (8, 8))

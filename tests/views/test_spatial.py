@@ -255,7 +255,8 @@ def test_a_single_slice_does_not_shrink_a_view_to_a_point() -> None:
     valid = torch.zeros(1, 1, 8, 16, 16, dtype=torch.bool)
     valid[:, :, 3] = True
     transform = place_view(valid, torch.eye(3).unsqueeze(0), None, (8, 16, 16), inside=True)
-    assert torch.equal(transform.matrix[0], 0.25 * torch.eye(3))
+    assert torch.allclose(transform.matrix[0], torch.diag(torch.tensor([0.0, 1.0, 1.0])), atol=1e-5)
+    assert transform.centre[0, 0] == pytest.approx(3, abs=1e-4)
 
 
 def test_a_view_larger_than_its_crop_is_invalid_beyond_it() -> None:
