@@ -282,7 +282,7 @@ class DINO(PretextTask):
             return ""
         targets = (module for module in self.children() if isinstance(module, Targets))
         changes = [each.sharpen() if response == "sharpen" else each.soften() for each in targets]
-        return changes[0]
+        return "; ".join(dict.fromkeys(filter(None, changes)))
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The teacher looks at another case; see `PretextTask.sham`."""

@@ -287,6 +287,16 @@ def test_the_monitor_can_turn_every_knob(tiny_plan):
     assert make_task(tiny_plan(patch), koleo_weight=0.0).respond("spread") == ""
 
 
+def test_what_changed_in_either_head_is_told(tiny_plan):
+    """Fails if the descriptors' head alone is asked: at its end a change of the tokens' would count as none."""
+    task = make_task(tiny_plan(PATCHES["2d"]))
+    for _ in range(2):
+        task.targets.soften()
+    assert "raised" in task.respond("soften")
+    assert task.respond("soften").count("raised") == 1
+    assert task.respond("soften") == ""
+
+
 def test_a_sham_asks_for_the_targets_of_another_case(tiny_plan):
     patch = PATCHES["2d"]
     task = make_task(tiny_plan(patch)).eval()
