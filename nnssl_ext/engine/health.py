@@ -42,7 +42,12 @@ def relative_entropy(targets: torch.Tensor) -> float:
     Args:
         targets: Probabilities (N, K), K above 1.
     """
-    return float(entropy(targets).mean() / math.log(targets.shape[1]))
+    return float(entropy(targets).mean() / math.log(num_open(targets)))
+
+
+def num_open(targets: torch.Tensor) -> int:
+    """Prototypes in use, 2 or more: those out of use have a probability of exactly 0 in all targets (N, K)."""
+    return max(2, int(targets.any(0).sum()))
 
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
@@ -57,10 +62,11 @@ def mutual_information(targets: torch.Tensor) -> tuple[float, float]:
         targets: Probabilities (N, K), one row per case.
 
     Returns:
-        In nats, 0 where all targets are alike; and as a share of the most there can be, ln min(K, N).
+        In nats, 0 where all targets are alike; and as a share of the most there can be, ln min(N, prototypes in use).
     """
     nats = max(float(entropy(targets.mean(0)) - entropy(targets).mean()), 0.0)
-    return nats, nats / math.log(min(targets.shape)) if min(targets.shape) > 1 else 0.0
+    most = min(len(targets), num_open(targets))
+    return nats, nats / math.log(most) if most > 1 else 0.0
 
 
 def between_share(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -270,8 +276,8 @@ class Monitor:
         return (
             f"After {step} steps the views of a held-out case find each other no better than untrained: mean "
             f"reciprocal rank {now.mean:.3f}, untrained {before.mean:.3f} [{before.low:.3f}, {before.high:.3f}] over "
-            f"{before.num_cases} cases. Look at the health_ numbers in metrics.jsonl; a lower --set optim.lr or a "
-            "longer warm-up is the usual cure, and --set health.act=false goes on in spite of it"
+            f"{before.num_cases} cases. Look at the health_ numbers in metrics.jsonl. The usual cure is to train anew, "
+            "beside it by -tag NAME, with a lower --set optim.lr or a longer warm-up; --c goes on in spite of it"
         )
 
     def state(self) -> dict[str, Any]:

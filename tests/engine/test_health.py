@@ -41,10 +41,15 @@ def as_queue(shown: Embeddings, cases: list[str] | None = None) -> dict[str, tor
 
 
 def test_entropy_is_1_for_flat_and_0_for_sure_targets():
-    half = torch.tensor([[0.5, 0.5, 0, 0]])
+    half = torch.tensor([[0.5, 0.5, 1e-9, 1e-9]])
     assert relative_entropy(torch.full((3, 4), 0.25)) == pytest.approx(1.0)
     assert relative_entropy(torch.eye(4)) == 0.0
-    assert relative_entropy(half) == pytest.approx(0.5)
+    assert relative_entropy(half) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_prototypes_out_of_use_do_not_count():
+    """Fails if flat targets over half of the prototypes are not flat: after a halving none would be seen any more."""
+    assert relative_entropy(torch.tensor([[0.25] * 4 + [0.0] * 4] * 3)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +58,10 @@ def test_entropy_is_1_for_flat_and_0_for_sure_targets():
         (torch.eye(4), math.log(4), 1.0),
         (torch.tensor([[1.0, 0, 0, 0]] * 4), 0.0, 0.0),
         (torch.full((4, 4), 0.25), 0.0, 0.0),
-        (torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]), math.log(2), math.log(2) / math.log(3)),
+        (torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]]), math.log(2), 1.0),
+        (torch.tensor([[1.0, 0, 1e-9], [1, 0, 0], [0, 1, 0], [0, 1, 0]]), math.log(2), math.log(2) / math.log(3)),
     ],
-    ids=["a prototype each", "one prototype", "flat", "two of three"],
+    ids=["a prototype each", "one prototype", "flat", "two in use", "two of three"],
 )
 def test_mutual_information_sees_both_ways_to_collapse(targets, nats, share):
     assert mutual_information(targets) == pytest.approx((nats, share), abs=1e-6)
@@ -244,7 +250,8 @@ def test_a_run_is_given_up_where_views_do_not_find_each_other(mean, num_cases, s
     assert bool(text) == lost
     if lost:
         assert "0.390, untrained 0.300 [0.200, 0.400] over 20 cases" in text
-        assert "health.act=false" in text
+        assert "train anew, beside it by -tag NAME" in text
+        assert text.endswith("--c goes on in spite of it")
 
 
 @pytest.mark.parametrize("field", ["every", "queue", "min_cases", "max_interventions", "flat_entropy"])
