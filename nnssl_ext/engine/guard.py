@@ -212,22 +212,22 @@ class Guard:
         changes, turned = self._turn(alarm)
         self._record(step, resumed_at, alarm, [f"back to step {resumed_at}", *changes], turned)
 
-    def after_epoch(self, validation: Validation, step: int) -> dict[str, float]:
-        """The numbers of health to log; none of a task that shows no embeddings.
-
-        Args:
-            validation: After the epoch's last step.
-            step: Steps taken.
-
-        Raises:
-            ValueError: Where the run is not worth going on with; the message is the diagnosis.
-        """
+    def after_epoch(self, validation: Validation) -> dict[str, float]:
+        """The numbers of health to log; none of a task that shows no embeddings."""
         if not validation.queue:
             return {}
-        retrieval = Retrieval.of(validation.queue)
-        verdict = self.monitor.lost(retrieval, step, step - self.stepper.trainer.steps_per_epoch)
-        if verdict and self.monitor.config.act:
-            self._write({"step": step, "event": "stopped", "diagnosis": verdict})
-            raise ValueError(verdict)
         measured = {f"health_{name}": value for name, value in self.monitor.measure().items()}
-        return {**measured, **retrieval.metrics()}
+        return {**measured, **Retrieval.of(validation.queue).metrics()}
+
+    def verdict(self, validation: Validation, step: int) -> str:
+        """Why the run is to be stopped after so many steps, an epoch's last; empty where it goes on.
+
+        It is asked once: a run that is resumed after it goes on.
+        """
+        if not validation.queue or not self.monitor.config.act:
+            return ""
+        last_step = step - self.stepper.trainer.steps_per_epoch
+        diagnosis = self.monitor.lost(Retrieval.of(validation.queue), step, last_step)
+        if diagnosis:
+            self._write({"step": step, "event": "stopped", "diagnosis": diagnosis})
+        return diagnosis

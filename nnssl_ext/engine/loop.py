@@ -121,6 +121,7 @@ class _Run:
         self.spec, self.world, self.stop = spec, world, stop
         self.folder, self.store, self.split = prepared.folder, prepared.store, prepared.split
         self.device, self.precision = prepared.device, prepared.precision
+        self.probe = prepared.probe
         self.trainer, self.settings = spec.trainer, spec.settings
         self.hashes = content_hashes(self.store, self.split)
         torch.manual_seed(seed_of(self.settings.seed, "torch", "initialisation"))
@@ -234,32 +235,35 @@ class _Run:
         means = progress.meter.means()
         rate = means.pop("lr")
         train = {f"train_{name}": value for name, value in means.items()}
-        health = self.guard.after_epoch(validation, progress.step)
+        health = self.guard.after_epoch(validation)
         metrics = {"epoch": epoch, "step": progress.step, "lr": rate, **train, **validation.metrics, **health}
         progress.epoch, progress.meter = epoch + 1, Meter()
         improved = metrics["val_loss"] < progress.best_loss
         progress.best_loss = min(metrics["val_loss"], progress.best_loss)
         last = progress.epoch == self.trainer.num_epochs
-        if tracker is None:
-            return
-        metrics |= self._probe(last)
-        tracker.epoch(metrics, {"epoch": epoch, **self.speed, **self._times(loader)})
-        if validation.images is not None and (epoch == 0 or last or progress.epoch % self.settings.picture_every == 0):
-            tracker.reconstruction(epoch, validation.images, self.spec.configuration.spacing)
-        if improved:
+        verdict = "" if last else self.guard.verdict(validation, progress.step)
+        if tracker is not None:
+            tracker.epoch(metrics, {"epoch": epoch, **self.speed, **self._times(loader)})
+            if validation.images is not None and (
+                epoch == 0 or last or progress.epoch % self.settings.picture_every == 0
+            ):
+                tracker.reconstruction(epoch, validation.images, self.spec.configuration.spacing)
+        self._save_epoch(improved, last, stopped=bool(verdict))
+        if verdict:
+            raise ValueError(verdict)
+        if tracker is not None and self.probe is not None and (last or progress.epoch % self.settings.probe_every == 0):
+            tracker.probe(epoch, self.probe(self.stepper.task.exported_encoder.eval()))
+
+    def _save_epoch(self, improved: bool, last: bool, stopped: bool) -> None:
+        if improved and self.world.main:
             save_checkpoint(self.folder.best, self._checkpoint())
-        if last:
+        if not last:
+            if stopped or self.progress.epoch % self.settings.save_every == 0:
+                self._save_latest()
+        elif self.world.main:
             save_checkpoint(self.folder.final, self._checkpoint())
             self.folder.latest.unlink(missing_ok=True)
             self.guard.ring.remove()
-        elif progress.epoch % self.settings.save_every == 0:
-            self._save_latest()
-
-    def _probe(self, last: bool) -> dict[str, float]:
-        probe, every = self.spec.probe, self.settings.probe_every
-        if probe is None or not every or (self.progress.epoch % every and not last):
-            return {}
-        return dict(probe(self.stepper.task.exported_encoder.eval(), self.split.val))
 
     def _times(self, loader: PatchLoader) -> dict[str, float]:
         statistics = loader.statistics()

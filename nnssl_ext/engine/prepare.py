@@ -13,7 +13,7 @@ from nnssl_ext.core.records import read_json
 from nnssl_ext.dataset.splits import Split, split_by_subject
 from nnssl_ext.engine.device import resolve_device, resolve_precision
 from nnssl_ext.engine.distributed import World
-from nnssl_ext.engine.run import RunFolder, RunSpec, identity
+from nnssl_ext.engine.run import ProbeOf, RunFolder, RunSpec, identity
 from nnssl_ext.engine.task import PretrainTrainer
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import FULL_PRECISION_BYTES, MEASURES, MIXED_PRECISION_BYTES, estimate_memory
@@ -38,6 +38,8 @@ class Prepared:
     """The resolved precision."""
     finished: bool
     """Whether it has already been trained to the end."""
+    probe: ProbeOf | None
+    """How features are probed; None: they are not."""
 
 
 def prepare(spec: RunSpec, world: World) -> Prepared:
@@ -49,8 +51,8 @@ def prepare(spec: RunSpec, world: World) -> Prepared:
 
     Raises:
         ValueError: For a run that is there already, other settings than those it was started with, a patch that is not
-            divisible, too few cases or patients, other channels than the network's, a device that is not there, or too
-            little memory.
+            divisible, too few cases or patients, other channels than the network's, a device that is not there, too
+            little memory, or a probe that has too few cases.
         FileNotFoundError: Where the data is not preprocessed.
     """
     folder = RunFolder(spec.folder)
@@ -65,7 +67,8 @@ def prepare(spec: RunSpec, world: World) -> Prepared:
     store = Store.open(spec.data_folder)
     check_channels(store, spec.configuration)
     split = load_or_make_split(spec, store, folder)
-    return Prepared(folder, store, split, device, precision, finished)
+    probe = spec.probe(split.val) if spec.probe is not None and spec.settings.probe_every else None
+    return Prepared(folder, store, split, device, precision, finished, probe)
 
 
 def check_existing(folder: RunFolder, resume: bool) -> None:

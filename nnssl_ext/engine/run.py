@@ -29,8 +29,10 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 RECORDED_PACKAGES = ("nnssl_ext", "torch", "nnunetv2", "dynamic-network-architectures", "numpy")
 
 
-Probe = Callable[[Encoder, Sequence[str]], Mapping[str, float]]
-"""From the encoder that is exported, in eval mode, and the held-out cases, to numbers to log."""
+ProbeOf = Callable[[Encoder], Mapping[str, float]]
+"""From the encoder that is exported, in eval mode, to numbers to log; NaN where one cannot be told."""
+Probe = Callable[[Sequence[str]], ProbeOf]
+"""A probe for the held-out cases of a run; a ValueError, before the first step, where they do not do."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Probes while a run goes on: when they are made, on which cases, and that training does not notice."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,25 +18,36 @@ from tests.engine.conftest import make_spec, preprocessed  # noqa: F401 - fixtur
 from tests.finetuning.conftest import write_raw
 
 
-def rows(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def rows(folder, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def test_probes_come_every_other_epoch_and_at_the_end_and_change_nothing(make_spec, monkeypatch):  # noqa: F811
     monkeypatch.setattr("nnssl_ext.engine.tracking.Tracker.draw_progress", lambda self: None)
     seen = []
+    plain, probed = make_spec(), make_spec(name="probed", probe_every=2)
 
-    def probe(encoder, held_out):
-        assert not encoder.training
+    def probe(held_out):
         seen.append(tuple(held_out))
-        return {"probe_dice": 0.5}
+        assert not probed.folder.exists()
+        return run
 
-    plain = make_spec()
-    probed = replace(make_spec(name="probed", probe_every=2), probe=probe)
+    def run(encoder):
+        """Fault: a probe that fails or takes long costs the epoch's records and checkpoint."""
+        assert not encoder.training
+        done = len(rows(probed.folder))
+        checkpoint = load_checkpoint(probed.folder / f"checkpoint_{'latest' if done < 3 else 'final'}.pth")
+        assert done == 3 or checkpoint["resume"]["progress"]["epoch"] == done
+        return {"probe_dice": 0.5, "probe_knn_dice": math.nan}
+
+    probed = replace(probed, probe=probe)
     pretrain(plain)
     pretrain(probed)
-    assert [row.get("probe_dice") for row in rows(probed.folder)] == [None, 0.5, 0.5]
-    assert seen[0] == tuple(json.loads((probed.folder / "splits.json").read_text())["val"])
+    numbers = {"probe_dice": 0.5, "probe_knn_dice": None}
+    assert rows(probed.folder, "probes.jsonl") == [{"epoch": epoch, **numbers} for epoch in (1, 2)]
+    assert rows(probed.folder) == rows(plain.folder)
+    (held_out,) = seen
+    assert held_out == tuple(json.loads((probed.folder / "splits.json").read_text())["val"])
     weights = [load_checkpoint(s.folder / "checkpoint_final.pth")["network_weights"] for s in (plain, probed)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -49,8 +61,8 @@ def test_a_probe_gives_the_same_numbers_for_the_same_encoder(manifest, tiny_plan
     plan = tiny_plan()
     configuration = plan.configuration("3d_fullres")
     encoder = random_frozen(plan, configuration, 0).encoder
-    run = make_probe(manifest, plan, configuration, held_out_only=False)
-    first, second = run(encoder, ()), run(encoder, ())
+    run = make_probe(manifest, plan, configuration, held_out_only=False)(())
+    first, second = run(encoder), run(encoder)
     assert first == second
     assert set(first) == {"probe_dice", "probe_knn_dice"}
     assert all(0.3 < value <= 1 for value in first.values())  # bright balls in noise are easy
@@ -63,12 +75,11 @@ def test_only_held_out_cases_are_looked_at_where_the_run_trains_on_the_dataset(m
     monkeypatch.setattr(
         "nnssl_ext.downstream.during_training.read_labelled", lambda manifest, ids, *_: read.extend(ids) or []
     )
-    run = make_probe(manifest, plan, configuration, held_out_only=True)
-    with pytest.raises(ValueError):
-        run(None, ("ball_1", "ball_4", "unlabelled"))
+    probe = make_probe(manifest, plan, configuration, held_out_only=True)
+    probe(("ball_1", "ball_4", "unlabelled"))(None)
     assert read == ["ball_1", "ball_4"]
     with pytest.raises(ValueError, match=r"1 of the held-out patients have labels.*val_fraction.*--probe_dataset"):
-        run(None, ("ball_1",))
+        probe(("ball_1",))
 
 
 def test_no_patient_is_in_both_halves(manifest, tiny_plan, monkeypatch):
@@ -79,12 +90,34 @@ def test_no_patient_is_in_both_halves(manifest, tiny_plan, monkeypatch):
     monkeypatch.setattr(
         "nnssl_ext.downstream.during_training.read_labelled", lambda manifest, ids, *_: read.extend(ids) or []
     )
-    run = make_probe(replace(manifest, cases=cases[:4]), plan, plan.configuration("3d_fullres"), held_out_only=False)
-    with pytest.raises(ValueError):
-        run(None, ())
+    probe = make_probe(replace(manifest, cases=cases[:4]), plan, plan.configuration("3d_fullres"), held_out_only=False)
+    probe(())(None)
     assert read == [cases[0].case_id, cases[3].case_id]
     with pytest.raises(ValueError, match="has labels of 1 patients"):
         make_probe(replace(manifest, cases=cases[:3]), plan, plan.configuration("3d_fullres"), held_out_only=False)
+
+
+def test_too_few_held_out_labels_are_refused_before_training(make_spec, manifest):  # noqa: F811
+    """Fault: it shows at the first probe, epochs later."""
+    spec = make_spec(probe_every=2)
+    probe = make_probe(manifest, spec.plan, spec.configuration, held_out_only=True)
+    with pytest.raises(ValueError, match=r"0 of the held-out patients have labels"):
+        pretrain(replace(spec, probe=probe))
+    assert not spec.folder.exists()
+
+
+@pytest.mark.parametrize("empty", [slice(0, 3), slice(3, 6)], ids=["learned from", "tested on"])
+def test_a_half_without_foreground_tells_nothing(manifest, tiny_plan, monkeypatch, empty):
+    """Fault: the probe raises, or a test without foreground counts as Dice 0, and the run ends or looks bad."""
+    plan = tiny_plan()
+    configuration = plan.configuration("3d_fullres")
+    cases = read_labelled(manifest, [case.case_id for case in manifest.cases], plan, configuration)
+    cases[empty] = [replace(case, labels=case.labels.clamp(max=0)) for case in cases[empty]]
+    monkeypatch.setattr("nnssl_ext.downstream.during_training.read_labelled", lambda *_: cases)
+    run = make_probe(manifest, plan, configuration, held_out_only=False)(())
+    numbers = run(random_frozen(plan, configuration, 0).encoder)
+    assert set(numbers) == {"probe_dice", "probe_knn_dice"}
+    assert all(map(math.isnan, numbers.values()))
 
 
 def test_a_label_that_lies_elsewhere_is_refused(manifest, tiny_plan):

@@ -14,7 +14,7 @@ from torch import nn
 from nnssl_ext.engine import guard as guard_module
 from nnssl_ext.engine import loop as loop_module
 from nnssl_ext.engine.alarms import Alarm
-from nnssl_ext.engine.checkpoint import load_checkpoint
+from nnssl_ext.engine.checkpoint import load_checkpoint, load_resume
 from nnssl_ext.engine.guard import Guard
 from nnssl_ext.engine.health import Monitor
 from nnssl_ext.engine.loop import Outcome, _Run, pretrain
@@ -282,13 +282,18 @@ def test_nothing_is_touched_where_it_may_only_warn(spec, monkeypatch, caplog):
     assert not (spec.folder / "interventions.jsonl").exists()
 
 
-def test_a_hopeless_run_is_stopped_with_its_diagnosis(spec, monkeypatch):
+def test_a_hopeless_run_is_stopped_with_its_diagnosis_and_goes_on_where_one_insists(spec, monkeypatch):
+    """As the message says: its epoch is recorded and saved, whatever `save_every`, and it is not judged again."""
     alarm_at(monkeypatch)
-    monkeypatch.setattr(Monitor, "lost", lambda *_: "they do not find each other")
+    monkeypatch.setattr(Monitor, "lost", lambda _, now, step, before: "they do not find each other" * (before < 4))
     with pytest.raises(ValueError, match="they do not find each other"):
         pretrain(spec)
     (row,) = lines(spec.folder, "interventions.jsonl")
     assert (row["event"], row["step"]) == ("stopped", 4)
+    assert load_resume(spec.folder / "checkpoint_latest.pth")["progress"]["epoch"] == 1
+    assert pretrain(replace(spec, resume=True)) is Outcome.FINISHED
+    assert [row["epoch"] for row in lines(spec.folder, "metrics.jsonl")] == [0, 1, 2]
+    assert lines(spec.folder, "interventions.jsonl") == [row]
 
 
 def test_a_run_is_judged_once_also_when_it_was_resumed(spec, monkeypatch):
@@ -307,7 +312,7 @@ def test_a_run_is_judged_once_also_when_it_was_resumed(spec, monkeypatch):
         patch.setattr(Stepper, "train_step", train_step)
         pretrain(spec)
     pretrain(replace(spec, resume=True))
-    assert asked == [(0, 4), (4, 8), (8, 12)]
+    assert asked == [(0, 4), (4, 8)]  # the last epoch has nothing to go on with
 
 
 def test_states_are_an_epoch_apart_or_more():
