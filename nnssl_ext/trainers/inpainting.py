@@ -41,7 +41,7 @@ from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import fill_with_noise, on_rows, paint_boxes
 from nnssl_ext.views.sham import of_another_case, restore_another_case
 from nnssl_ext.views.shuffles import scattered_windows, shuffle_within
-from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.spatial import SpatialConfig, training_view
 from nnssl_ext.views.tokens import whole_places
 
 
@@ -120,10 +120,7 @@ class Inpainting(PretextTask):
             for each case; `partner` (B,), the row of the second view that belongs to each first one; for a transformer
             also `kept`, the tokens without padding.
         """
-        target, valid = batch.data, batch.valid
-        if train:
-            moved = spatial_view(target, valid, batch.spacing, random.child("spatial"), self.config.spatial)
-            target, valid = moved.data, moved.valid
+        target, valid = training_view(batch, random, self.config.spatial, train)
         target = target.masked_fill(~valid, 0)
         views = {name: damaged(target, valid, random.child(name), self.config) for name in ("first", "second")}
         views |= {"target": target, "valid": valid, "case": case_keys(batch.cases, target.device)}

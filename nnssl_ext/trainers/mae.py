@@ -28,7 +28,7 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.masks import block_mask
 from nnssl_ext.views.sham import restore_another_case
-from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.spatial import SpatialConfig, training_view
 from nnssl_ext.views.targets import TargetConfig, restoration_target
 from nnssl_ext.views.tokens import check_ratio, hidden_voxels, keep_tokens
 
@@ -103,10 +103,7 @@ class MAE(PretextTask):
             what is real, and of that what is asked for; for a transformer also `kept` (B, n), the visible tokens, and
             -1 at the end where there are fewer.
         """
-        image, valid = batch.data, batch.valid
-        if train:
-            moved = spatial_view(image, valid, batch.spacing, random.child("spatial"), self.config.spatial)
-            image, valid = moved.data, moved.valid
+        image, valid = training_view(batch, random, self.config.spatial, train)
         shape, ratio, mask = image.shape[2:], self.config.mask_ratio, random.child("mask")
         block = self.encoder.token_size if is_transformer(self.encoder) else (self.config.block_size,) * len(shape)
         views = {"image": image, "valid": valid, **restoration_target(image, valid, block, self.config.target)}

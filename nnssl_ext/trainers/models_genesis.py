@@ -29,7 +29,7 @@ from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import bend_intensities, fill_with_noise, on_rows, paint_boxes
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.shuffles import shuffle_within, tiled_windows
-from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.spatial import SpatialConfig, training_view
 from nnssl_ext.views.tokens import whole_places
 
 SHORTEST_WINDOW = 2
@@ -103,10 +103,7 @@ class ModelsGenesis(PretextTask):
             `target` and `image` (B, C, *patch); `valid` (B, 1, *patch), bool; for a transformer also `kept`, the tokens
             without padding.
         """
-        target, valid = batch.data, batch.valid
-        if train:
-            moved = spatial_view(target, valid, batch.spacing, random.child("spatial"), self.config.spatial)
-            target, valid = moved.data, moved.valid
+        target, valid = training_view(batch, random, self.config.spatial, train)
         target = target.masked_fill(~valid, 0)
         views = {"target": target, "image": damaged(target, valid, random, self.config), "valid": valid}
         if is_transformer(self.encoder):

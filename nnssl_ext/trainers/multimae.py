@@ -38,7 +38,7 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.modalities import keep_modalities, of_modality
 from nnssl_ext.views.sham import restore_another_case
-from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.spatial import SpatialConfig, training_view
 from nnssl_ext.views.targets import TargetConfig, restoration_target
 from nnssl_ext.views.tokens import check_ratio, hidden_voxels
 
@@ -130,10 +130,8 @@ class MultiMAE(PretextTask):
             `image` and `target` (B, M, *patch); `kept` (B, n), the visible tokens, and -1 at the end where there are
             fewer; `hidden` and `asked` (B, M, *patch), bool, and `valid` (B, 1, *patch).
         """
-        image, valid, token_size = batch.data, batch.valid, self.encoder.token_size
-        if train:
-            moved = spatial_view(image, valid, batch.spacing, random.child("spatial"), self.config.spatial)
-            image, valid = moved.data, moved.valid
+        image, valid = training_view(batch, random, self.config.spatial, train)
+        token_size = self.encoder.token_size
         kept = keep_modalities(random.child("mask"), valid, token_size, self.num_modalities, self.config.mask_ratio)
         hidden = [
             hidden_voxels(of_modality(kept, number, self.num_tokens), token_size, image.shape[2:])

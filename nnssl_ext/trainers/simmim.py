@@ -25,7 +25,7 @@ from nnssl_ext.models.backbone import export_network
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.sham import restore_another_case
-from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.spatial import SpatialConfig, training_view
 from nnssl_ext.views.targets import TargetConfig, restoration_target
 from nnssl_ext.views.tokens import check_ratio, hidden_tokens, hidden_voxels, keep_tokens
 
@@ -91,10 +91,7 @@ class SimMIM(PretextTask):
             `image` and `target` (B, C, *patch); `hidden_tokens` (B, tokens), bool; `hidden`, `valid` and `asked`
             (B, 1, *patch), bool: what the encoder does not see, what is real, and of that what is asked for.
         """
-        image, valid = batch.data, batch.valid
-        if train:
-            moved = spatial_view(image, valid, batch.spacing, random.child("spatial"), self.config.spatial)
-            image, valid = moved.data, moved.valid
+        image, valid = training_view(batch, random, self.config.spatial, train)
         kept = keep_tokens(random.child("mask"), valid, self.token_size, self.config.mask_ratio)
         return {
             "image": image,

@@ -27,7 +27,7 @@ from nnssl_ext.models.visible import Densify, check_visible_only, scale_masks, v
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.sham import restore_another_case
-from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.spatial import SpatialConfig, training_view
 from nnssl_ext.views.targets import TargetConfig, restoration_target
 from nnssl_ext.views.tokens import check_ratio, hidden_voxels, keep_tokens
 
@@ -88,10 +88,7 @@ class Spark(PretextTask):
             `image` and `target` (B, C, *patch); `hidden`, `valid` and `asked` (B, 1, *patch), bool: what the encoder
             does not see, what is real, and of that what is asked for. No visible voxel is padding.
         """
-        image, valid = batch.data, batch.valid
-        if train:
-            moved = spatial_view(image, valid, batch.spacing, random.child("spatial"), self.config.spatial)
-            image, valid = moved.data, moved.valid
+        image, valid = training_view(batch, random, self.config.spatial, train)
         kept = keep_tokens(random.child("mask"), valid, self.cell, self._draw_ratio(random, train))
         hidden = hidden_voxels(kept, self.cell, image.shape[2:])
         asked = restoration_target(image, valid, self.cell, self.config.target)

@@ -25,7 +25,7 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import paint_boxes
 from nnssl_ext.views.sham import restore_another_case
-from nnssl_ext.views.spatial import SpatialConfig, spatial_view
+from nnssl_ext.views.spatial import SpatialConfig, training_view
 from nnssl_ext.views.tokens import whole_places
 
 
@@ -90,10 +90,7 @@ class VolumeFusion(PretextTask):
             row's share times `levels`; `valid` (B, 1, *patch), bool; for a transformer also `kept`, the tokens without
             padding.
         """
-        data, valid = batch.data, batch.valid
-        if train:
-            moved = spatial_view(data, valid, batch.spacing, random.child("spatial"), self.config.spatial)
-            data, valid = moved.data, moved.valid
+        data, valid = training_view(batch, random, self.config.spatial, train)
         valid = valid[::2] & valid[1::2]
         classes = share_classes(replace(random, samples=random.samples[::2]), valid, self.config)
         image = fused(data[::2], data[1::2], classes, self.config.levels).masked_fill(~valid, 0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.loading.batch import Batch
 from nnssl_ext.views.transform import SpatialTransform, SpatialView, apply_transform, columns, place_view
 
 _HALF_TURN = 180
@@ -86,6 +87,24 @@ def spatial_view(
     """
     transform = draw_transform(valid, spacing, random, config, size or valid.shape[2:])
     return apply_transform(data, valid, transform)
+
+
+def training_view(batch: Batch, random: SampleRandom, config: SpatialConfig, train: bool) -> tuple[Tensor, Tensor]:
+    """A batch's crops and their validity: in training `spatial_view`s of their own size, in validation as they are.
+
+    Args:
+        batch: The crops.
+        random: Keyed by sample; its child `spatial` is used.
+        config: What may happen.
+        train: Whether it may.
+
+    Returns:
+        (B, C, *crop), and (B, 1, *crop), bool.
+    """
+    if not train:
+        return batch.data, batch.valid
+    moved = spatial_view(batch.data, batch.valid, batch.spacing, random.child("spatial"), config)
+    return moved.data, moved.valid
 
 
 def draw_transform(
