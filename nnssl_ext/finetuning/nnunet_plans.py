@@ -101,29 +101,18 @@ def plan_finetuning(
         ValueError: If something does not fit; the message says what is allowed.
     """
     plans_name = _plans_name(name)
-    pretrained = read_pretrained(locate(checkpoint), token_order)
-    if pretrained.sham and not (allow_sham or from_scratch):
-        raise ValueError(
-            f"{checkpoint} is of a sham run, a control whose targets were destroyed. Use the checkpoint of the real "
-            "run, or, for the control arm of a comparison, --allow_sham"
-        )
+    pretrained = _pretrained(checkpoint, token_order, allow_sham or from_scratch)
     folder = prepare_dataset(dataset, num_processes, with_plans=mode == "default_nnunet")
     fingerprint, dataset_json = read_json(folder / "dataset_fingerprint.json"), read_json(folder / "dataset.json")
     preprocessing = _preprocessing(folder, pretrained, mode, spacing, fingerprint, dataset_json)
-    plans = {
-        "dataset_name": folder.name,
-        "plans_name": plans_name,
-        "image_reader_writer": _reader(folder.name),
-        **build_plans(pretrained, preprocessing, fingerprint, patch_size or pretrained.patch_size, batch_size, decoder),
-    }
+    patch_size = patch_size or pretrained.patch_size
+    plans = _names(folder.name, plans_name)
+    plans |= build_plans(pretrained, preprocessing, fingerprint, patch_size, batch_size, decoder)
     adapted = None
     if not from_scratch:
-        network = build_finetuning_network(plans, dataset_json)
-        adapted = adapt_weights(pretrained, network, transfer, ignore_keys)
-    folds = splits or dataset_splits(folder)
-    _check_folds(folds, Manifest.load(nnunet_root("raw") / folder.name))
-    config = _config(plans_name, pretrained, folds, adapted, settings)
-    plans[PLANS_KEY] = to_dict(config)
+        adapted = adapt_weights(pretrained, build_finetuning_network(plans, dataset_json), transfer, ignore_keys)
+    folds = _checked_folds(splits or dataset_splits(folder), Manifest.load(nnunet_root("raw") / folder.name))
+    plans[PLANS_KEY] = to_dict(_config(plans_name, pretrained, folds, adapted, settings))
     plans["pretrain_info"] = _pretrain_info(pretrained, mode, None if from_scratch else transfer)
     return _write(folder, plans, adapted, pretrained, command)
 
@@ -206,7 +195,22 @@ def _plans_name(name: str) -> str:
     return name if name.startswith(PREFIX) else f"{PREFIX}{name}"
 
 
-def _check_folds(splits: Sequence[Split], manifest: Manifest) -> None:
+def _pretrained(checkpoint: Path | str, token_order: str | None, allow_sham: bool) -> Pretrained:
+    pretrained = read_pretrained(locate(checkpoint), token_order)
+    if pretrained.sham and not allow_sham:
+        raise ValueError(
+            f"{checkpoint} is of a sham run, a control whose targets were destroyed. Use the checkpoint of the real "
+            "run, or, for the control arm of a comparison, --allow_sham"
+        )
+    return pretrained
+
+
+def _names(dataset_name: str, plans_name: str) -> dict[str, Any]:
+    """The head of the plans: whose they are, and how images are read."""
+    return {"dataset_name": dataset_name, "plans_name": plans_name, "image_reader_writer": _reader(dataset_name)}
+
+
+def _checked_folds(splits: Sequence[Split], manifest: Manifest) -> Sequence[Split]:
     """Refuses folds with unknown cases; warns of patients on both sides (nnU-Net's own folds know no patients)."""
     subject_of = manifest.subjects()
     unknown = sorted({case for split in splits for case in (*split.train, *split.val)} - set(subject_of))
@@ -223,6 +227,7 @@ def _check_folds(splits: Sequence[Split], manifest: Manifest) -> None:
                 "good. Remove %s to get folds by patient",
                 *(index, len(both), min(both), SPLITS_FILE),
             )
+    return splits
 
 
 def _preprocessing(

@@ -66,14 +66,8 @@ def preprocess_array(
     if not cropped.any():
         raise ValueError("the image is zero everywhere; remove the case from the dataset")
     target, shape = _target(cropped.shape[1:], old_spacing, configuration)
-    normalized = normalize(
-        cropped,
-        configuration.normalization_schemes,
-        configuration.use_mask_for_norm,
-        plan.foreground_intensity_properties,
-    )
     resampled = resample(
-        normalized,
+        _normalized(cropped, plan, configuration),
         shape,
         old_spacing,
         target,
@@ -93,6 +87,11 @@ def preprocess_array(
         altered = resize_nearest(altered.transpose(axes)[inside], shape)
         foreground = foreground & ~altered
     return PreprocessedArray(resampled, foreground, target, properties, altered)
+
+
+def _normalized(data: npt.NDArray[np.float32], plan: Plan, configuration: Configuration) -> npt.NDArray[np.float32]:
+    schemes, use_mask = configuration.normalization_schemes, configuration.use_mask_for_norm
+    return normalize(data, schemes, use_mask, plan.foreground_intensity_properties)
 
 
 def _target(
