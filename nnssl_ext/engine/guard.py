@@ -71,6 +71,7 @@ class Guard:
         batches: Callable[[int, int], Iterator[Batch]],
         num_cases: int,
         validate: Callable[[], Validation | None],
+        stop: Callable[[], bool],
     ) -> bool:
         """Measures the untrained network, if its task shows embeddings.
 
@@ -78,6 +79,7 @@ class Guard:
             batches: Those of training, from one step up to another.
             num_cases: Cases trained on.
             validate: One pass over the validation crops; None where it was stopped.
+            stop: Asked before every batch; the same on every rank.
 
         Returns:
             False where it was stopped.
@@ -86,7 +88,10 @@ class Guard:
         num_rows = sum(map(self._see, batches(0, 1)))
         if not self.monitor.queue.rows:
             return True
-        for batch in batches(1, -(-wanted // num_rows)):
+        logger.info("Looking at the untrained network: up to %d training cases, then the validation crops.", wanted)
+        for batch in batches(1, -(-wanted // (num_rows * self.stepper.world.size))):
+            if stop():
+                return False
             self._see(batch)
         validation = validate()
         if validation is not None:

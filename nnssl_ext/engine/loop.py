@@ -173,6 +173,7 @@ class _Run:
             tracker = stack.enter_context(self._tracker()) if self.world.main else None
             bar = stack.enter_context(Bar(self.trainer.total_steps, self.progress.step, self.world.main))
             if not self._begin(train, val):
+                logger.info("Stopped before the first step; begin again with --c.")
                 return Outcome.STOPPED
             batches = train.batches(self.progress.step, self.trainer.total_steps)
             while self.progress.epoch < self.trainer.num_epochs:
@@ -194,7 +195,7 @@ class _Run:
         """Let the guard see the untrained network; False where a signal asked to stop."""
         if self.progress.step:
             return True
-        return self.guard.begin(train.batches, len(self.split.train), lambda: self._validate(val))
+        return self.guard.begin(train.batches, len(self.split.train), lambda: self._validate(val), self._stopping)
 
     def _go_back(self, reason: RollBackError | DivergedError, tracker: Tracker | None, bar: Bar) -> None:
         """Take up an earlier state, and see to it that a run that is killed from now on does so too."""

@@ -6,6 +6,7 @@ import json
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nnssl_ext.engine import guard as guard_module
 from nnssl_ext.engine import loop as loop_module
 from nnssl_ext.engine.alarms import Alarm
 from nnssl_ext.engine.checkpoint import load_checkpoint, load_resume
+from nnssl_ext.engine.distributed import World
 from nnssl_ext.engine.guard import Guard
 from nnssl_ext.engine.health import Monitor
 from nnssl_ext.engine.loop import Outcome, _Run, pretrain
@@ -128,6 +130,28 @@ def test_being_watched_changes_no_number(spec, make_spec, monkeypatch):
     unseen = replace(spec, folder=spec.folder.with_name("unseen"))
     pretrain(unseen)
     assert all(map(torch.equal, weights(spec.folder).values(), weights(unseen.folder).values()))
+
+
+@pytest.mark.parametrize(("ranks", "last"), [(1, 5), (2, 3), (8, 1)])
+def test_ranks_share_the_look_at_the_untrained_network_and_stop_when_asked(tmp_path, caplog, ranks, last):
+    """Ten cases, two a batch: faults are that every rank looks at all of them, and that a signal is not heard."""
+    trainer = PairTrainer.configured([])
+    shown = Embeddings(first=torch.ones(2, 3), second=torch.ones(2, 3))
+    stepper = SimpleNamespace(trainer=trainer, world=World(size=ranks), show=lambda batch: shown)
+    asked, validated = [], []
+
+    def batches(first: int, end: int):
+        asked.append((first, end))
+        return iter([SimpleNamespace(cases=("a", "b"))] * max(end - first, 0))
+
+    with caplog.at_level("INFO"):
+        for stop in (False, True):
+            guard = Guard(stepper, tmp_path, tmp_path / "none", main=True)
+            begun = guard.begin(batches, 10, lambda: validated.append("yes"), lambda stop=stop: stop)
+            assert not begun
+    assert asked == [(0, 1), (1, last)] * 2
+    assert len(validated) == (1 if last > 1 else 2)
+    assert "Looking at the untrained network: up to 10 training cases" in caplog.text
 
 
 def test_going_back_is_exact(spec, monkeypatch):
