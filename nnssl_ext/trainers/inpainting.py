@@ -38,7 +38,7 @@ from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.models.queue import case_keys
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
-from nnssl_ext.views.corruptions import fill_with_noise, on_rows, paint_boxes
+from nnssl_ext.views.corruptions import noise_by_boxes, on_rows
 from nnssl_ext.views.sham import of_another_case, restore_another_case
 from nnssl_ext.views.shuffles import scattered_windows, shuffle_within
 from nnssl_ext.views.spatial import SpatialConfig, training_view
@@ -164,20 +164,12 @@ class Inpainting(PretextTask):
 def damaged(image: torch.Tensor, valid: torch.Tensor, random: SampleRandom, config: InpaintingConfig) -> torch.Tensor:
     """Crops (B, C, *patch) with holes or around windows filled with noise, and cubes shuffled."""
     windows = random.bernoulli("windows", config.windows)
-    image = on_rows(image, valid, random.child("holes"), ~windows, partial(_holes, config=config))
-    image = on_rows(image, valid, random.child("windows"), windows, partial(_windows, config=config))
+    holes = partial(noise_by_boxes, boxes=config.boxes, sides=config.hole_sides, around=False)
+    spared = partial(noise_by_boxes, boxes=config.boxes, sides=config.window_sides, around=True)
+    image = on_rows(image, valid, random.child("holes"), ~windows, holes)
+    image = on_rows(image, valid, random.child("windows"), windows, spared)
     chosen = random.bernoulli("shuffle", config.shuffle)
     return on_rows(image, valid, random.child("shuffle"), chosen, partial(_shuffled, config=config))
-
-
-def _holes(image: torch.Tensor, valid: torch.Tensor, random: SampleRandom, config: InpaintingConfig) -> torch.Tensor:
-    boxes = paint_boxes(random, valid, (config.boxes, config.boxes), [config.hole_sides] * (image.ndim - 2))
-    return fill_with_noise(image, valid, boxes > 0, random)
-
-
-def _windows(image: torch.Tensor, valid: torch.Tensor, random: SampleRandom, config: InpaintingConfig) -> torch.Tensor:
-    boxes = paint_boxes(random, valid, (config.boxes, config.boxes), [config.window_sides] * (image.ndim - 2))
-    return fill_with_noise(image, valid, boxes == 0, random)
 
 
 def _shuffled(image: torch.Tensor, valid: torch.Tensor, random: SampleRandom, config: InpaintingConfig) -> torch.Tensor:

@@ -26,7 +26,7 @@ from nnssl_ext.models.backbone import export_network, is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
-from nnssl_ext.views.corruptions import bend_intensities, fill_with_noise, on_rows, paint_boxes
+from nnssl_ext.views.corruptions import bend_intensities, noise_by_boxes, on_rows
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.shuffles import shuffle_within, tiled_windows
 from nnssl_ext.views.spatial import SpatialConfig, training_view
@@ -136,8 +136,10 @@ def damaged(
     image = on_rows(image, valid, random.child("shuffle"), chosen, partial(_shuffled, config=config))
     image = on_rows(image, valid, random.child("bend"), random.bernoulli("bend", config.bend), bend_intensities)
     painted, outer = random.bernoulli("paint", config.paint), random.bernoulli("outer", config.outer)
-    image = on_rows(image, valid, random.child("inner"), painted & ~outer, partial(_inner, config=config))
-    return on_rows(image, valid, random.child("outer"), painted & outer, partial(_outer, config=config))
+    inside = partial(noise_by_boxes, boxes=config.boxes, sides=config.inner_sides, around=False)
+    around = partial(noise_by_boxes, boxes=config.boxes, sides=config.outer_sides, around=True)
+    image = on_rows(image, valid, random.child("inner"), painted & ~outer, inside)
+    return on_rows(image, valid, random.child("outer"), painted & outer, around)
 
 
 def _shuffled(
@@ -145,16 +147,6 @@ def _shuffled(
 ) -> torch.Tensor:
     longest = tuple(max(SHORTEST_WINDOW, int(size * config.shuffle_side)) for size in image.shape[2:])
     return shuffle_within(image, tiled_windows(random, valid, longest), random)
-
-
-def _inner(image: torch.Tensor, valid: torch.Tensor, random: SampleRandom, config: ModelsGenesisConfig) -> torch.Tensor:
-    boxes = paint_boxes(random, valid, (config.boxes, config.boxes), [config.inner_sides] * (image.ndim - 2))
-    return fill_with_noise(image, valid, boxes > 0, random)
-
-
-def _outer(image: torch.Tensor, valid: torch.Tensor, random: SampleRandom, config: ModelsGenesisConfig) -> torch.Tensor:
-    boxes = paint_boxes(random, valid, (config.boxes, config.boxes), [config.outer_sides] * (image.ndim - 2))
-    return fill_with_noise(image, valid, boxes == 0, random)
 
 
 @TRAINERS.register

@@ -138,6 +138,23 @@ def fill_with_noise(data: Tensor, valid: Tensor, hidden: Tensor, random: SampleR
     return torch.where(hidden, low + random_voxels(data, random) * (high - low), data)
 
 
+def noise_by_boxes(
+    data: Tensor, valid: Tensor, random: SampleRandom, *, boxes: int, sides: tuple[float, float], around: bool
+) -> Tensor:
+    """Noise, as `fill_with_noise` draws it, in random boxes or around them.
+
+    Args:
+        data: (B, C, *patch).
+        valid: (B, 1, *patch), bool.
+        random: Keyed by sample.
+        boxes: Their number.
+        sides: Shortest and longest edge as a share of the patch's; see `paint_boxes`.
+        around: Whether the boxes are spared and all else is filled.
+    """
+    painted = paint_boxes(random, valid, (boxes, boxes), [sides] * (data.ndim - 2))
+    return fill_with_noise(data, valid, (painted > 0) ^ around, random)
+
+
 def usual_range(data: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """The range that holds all but the lowest and the highest half percent of each channel's real values.
 
