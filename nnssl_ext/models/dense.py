@@ -21,12 +21,16 @@ DECODER_HEADS = 0.5
 """Its attention heads as a share of the encoder's, at least one."""
 
 
-def build_dense(configuration: Configuration, num_outputs: int) -> tuple[Encoder, nn.Module]:
+def build_dense(
+    configuration: Configuration, num_outputs: int, depth: int = DECODER_DEPTH, heads: float = DECODER_HEADS
+) -> tuple[Encoder, nn.Module]:
     """The plan's backbone and a decoder to voxels: a U-Net's own, or a light one for a transformer.
 
     Args:
         configuration: Holds architecture, input channels and patch size.
         num_outputs: Channels of the decoder's output.
+        depth: Blocks of a transformer's decoder.
+        heads: Its attention heads as a share of the encoder's, at least one.
 
     Raises:
         ValueError: Where the network cannot be built as the plan says.
@@ -37,8 +41,8 @@ def build_dense(configuration: Configuration, num_outputs: int) -> tuple[Encoder
     from nnssl_ext.models.token_decoder import TokenDecoder
 
     encoder = build_primus(configuration)
-    num_heads = max(1, round(DECODER_HEADS * encoder.num_heads))
-    return encoder, TokenDecoder(encoder, num_outputs, DECODER_DEPTH, num_heads)
+    num_heads = max(1, round(heads * encoder.num_heads))
+    return encoder, TokenDecoder(encoder, num_outputs, depth, num_heads)
 
 
 def run_dense(

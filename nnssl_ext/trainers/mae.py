@@ -23,7 +23,7 @@ from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTra
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import guess_error, hidden_share, masked_mse
 from nnssl_ext.models.backbone import export_network, is_transformer
-from nnssl_ext.models.resenc import build_unet
+from nnssl_ext.models.dense import build_dense
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.masks import block_mask
@@ -82,18 +82,12 @@ class MAE(PretextTask):
             ValueError: Where all or nothing of the patch would be hidden, or the network cannot be built.
         """
         super().__init__(config, configuration, num_cases)
-        self.decoder: nn.Module
-        if configuration.backbone == "vit":
-            from nnssl_ext.models.primus import build_primus
-            from nnssl_ext.models.token_decoder import TokenDecoder
-
-            self.encoder = build_primus(configuration)
+        channels = configuration.num_input_channels
+        self.encoder, self.decoder = build_dense(configuration, channels, config.decoder_depth, config.decoder_heads)
+        if is_transformer(self.encoder):
             check_ratio(prod(self.encoder.grid), config.mask_ratio)
-            num_heads = max(1, round(config.decoder_heads * self.encoder.num_heads))
-            self.decoder = TokenDecoder(self.encoder, configuration.num_input_channels, config.decoder_depth, num_heads)
         else:
             _check_block(config.block_size, configuration.patch_size)
-            self.encoder, self.decoder = build_unet(configuration, configuration.num_input_channels)
 
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
         """Crops, moved about in training, and which of their voxels are hidden.
