@@ -41,13 +41,10 @@ class HiddenTokens(nn.Module):
         """
         if not is_transformer(encoder):
             return encoder.feature_maps(image.masked_fill(cells(hidden, self.stride), 0))[self.level]
-        from nnssl_ext.models.primus import rotary_table
+        from nnssl_ext.models.mask_token import encode_masked
 
-        grid = hidden.shape[2:]
-        embedded = encoder.down_projection(image)
-        tokens = torch.where(hidden, self.token.to(embedded.dtype), embedded).flatten(2).transpose(1, 2)
-        features = encoder.attend(tokens + encoder.positions(grid), rotary_table(encoder.eva.rope, encoder.grid, grid))
-        return features.transpose(1, 2).unflatten(2, grid)
+        features = encode_masked(encoder, image, hidden.flatten(1), self.token.flatten(2).transpose(1, 2))
+        return features.transpose(1, 2).unflatten(2, hidden.shape[2:])
 
 
 def cells(hidden: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
