@@ -23,7 +23,7 @@ from nnssl_ext.core.random import seed_of
 from nnssl_ext.core.records import write_json
 from nnssl_ext.engine.checkpoint import build_checkpoint, load_resume, save_checkpoint
 from nnssl_ext.engine.device import cpu_has_bf16, kernels
-from nnssl_ext.engine.distributed import World, any_rank, current_world, process_group
+from nnssl_ext.engine.distributed import World, any_rank, current_world, gather, process_group
 from nnssl_ext.engine.guard import Guard, RollBackError
 from nnssl_ext.engine.prepare import Prepared, prepare
 from nnssl_ext.engine.run import (
@@ -232,6 +232,7 @@ class _Run:
         return any_rank(self.stop.requested, self.device)
 
     def _finish_epoch(self, validation: Validation, tracker: Tracker | None, loader: PatchLoader) -> None:
+        self.failed.unite(gather(self.failed.reasons))
         progress, epoch = self.progress, self.progress.epoch
         means = progress.meter.means()
         rate = means.pop("lr")

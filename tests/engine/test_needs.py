@@ -95,6 +95,17 @@ def test_an_unreadable_case_is_refused_in_a_small_run_and_counted_in_a_large_one
     assert f"others take the place of this one: {path}" in (survived.folder / "training_log.txt").read_text()
 
 
+def test_cases_that_other_processes_cannot_read_count_at_the_end_of_an_epoch(
+    make_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: the processes are never asked what they could not read."""
+    monkeypatch.setattr("nnssl_ext.engine.loop.gather", lambda reasons: [reasons, {"case": "case is gone"}])
+    spec = make_spec(["num_epochs=2", "steps_per_epoch=1", "val_steps_per_epoch=1"], name="other_process")
+    with pytest.raises(ValueError, match=r"1 of 6 cases cannot be read, which is more than 1%: case is gone"):
+        pretrain(spec)
+    assert not (spec.folder / "checkpoint_final.pth").exists()
+
+
 def trained_on(make_spec: Callable[..., RunSpec], path: Path) -> bool:
     """Whether a case is among those that a run of the same seed trains on; the first call makes that run."""
     spec = make_spec(["num_epochs=1", "steps_per_epoch=1", "val_steps_per_epoch=1"], name="split")
