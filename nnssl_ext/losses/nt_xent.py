@@ -9,6 +9,8 @@ import torch
 from torch import distributed
 from torch.nn import functional
 
+from nnssl_ext.core.ranks import num_ranks, rank
+
 
 def nt_xent(
     first: torch.Tensor, second: torch.Tensor, temperature: float, cases: torch.Tensor | None = None
@@ -54,16 +56,11 @@ def check_negatives(batch_size: int, without: str) -> None:
     Raises:
         ValueError: Where the batches of all ranks together are a single sample.
     """
-    if batch_size * (distributed.get_world_size() if _together() else 1) < 2:
+    if batch_size * num_ranks() < 2:
         raise ValueError(
             f"a batch of {batch_size} has no other sample to tell a view's partner from, so the contrast would be 0 "
             f"throughout: use a -batch_size of 2 or more, or --set {without}"
         )
-
-
-def rank() -> int:
-    """This process' place among those that train together."""
-    return distributed.get_rank() if _together() else 0
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -75,19 +72,13 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     Returns:
         (ranks * N, ...).
     """
-    return _Gather.apply(rows) if _together() else rows
-
-
-def _together() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return _Gather.apply(rows) if num_ranks() > 1 else rows
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        parts = [
-            torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())
-        ]
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(num_ranks())]
         distributed.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
@@ -95,4 +86,4 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.contiguous()
         distributed.all_reduce(gradient)
-        return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
+        return gradient.chunk(num_ranks())[rank()]

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import distributed
 
+from nnssl_ext.core.ranks import num_ranks
+
 
 @torch.no_grad()
 def sinkhorn(
@@ -38,7 +40,7 @@ def sinkhorn(
 
 def _log_mass(logits: torch.Tensor) -> torch.Tensor:
     """Logarithm of the sum of `exp(logits)` over the rows of all ranks, (1, K)."""
-    together = distributed.is_available() and distributed.is_initialized()
+    together = num_ranks() > 1
     lowest = logits.new_full((1, logits.shape[1]), torch.finfo(logits.dtype).min)
     top = torch.cat([logits, lowest]).amax(0, keepdim=True)
     if together:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import distributed, nn
 
+from nnssl_ext.core.ranks import num_ranks
+
 
 class Centre(nn.Module):
     """An exponential mean of scores, corrected for its start, moved once per optimiser step.
@@ -48,7 +50,7 @@ class Centre(nn.Module):
             taken = taken & counted.flatten()
         summed = rows.masked_fill(~taken[:, None], 0).sum(0)  # no matrix product: autocast would round its factors
         sums = torch.cat([summed, taken.sum()[None].to(summed)])
-        if distributed.is_available() and distributed.is_initialized():
+        if num_ranks() > 1:
             distributed.all_reduce(sums)
         self.total += sums[:-1]
         self.count += sums[-1]

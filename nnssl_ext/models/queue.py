@@ -6,6 +6,7 @@ import torch
 from torch import distributed, nn
 
 from nnssl_ext.core.random import seed_of
+from nnssl_ext.core.ranks import num_ranks
 
 EMPTY = -1
 """Key of a place that holds nothing."""
@@ -61,9 +62,9 @@ def all_rows(tensor: torch.Tensor) -> torch.Tensor:
     Returns:
         (ranks * N, ...).
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if num_ranks() == 1:
         return tensor.detach()
-    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    parts = [torch.empty_like(tensor) for _ in range(num_ranks())]
     distributed.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
 
