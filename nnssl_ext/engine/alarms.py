@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Response = Literal["sharpen", "soften", "spread", "anchor"]
-"""What the monitor may ask of a task: `sharpen` flat targets (a faster centre, the teacher's first temperature, at last
+"""What the monitor may ask of a task: `sharpen` flat targets (a slower centre, the teacher's first temperature, at last
 fewer prototypes); `soften` targets that are all the same (centre momentum .99, a temperature .01 higher); `spread` the
 embeddings (twice the KoLeo weight); `anchor` the tokens (Gram) to the weights as they are when it is asked."""
 
