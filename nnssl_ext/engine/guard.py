@@ -53,7 +53,7 @@ class Guard:
         stepper.observe = self.monitor.observe
 
     def state(self) -> dict[str, Any]:
-        """Builtins and tensors for a checkpoint."""
+        """Builtins and tensors for a checkpoint; all ranks have to ask together."""
         return {"monitor": self.monitor.state(), "num_records": self.num_records}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ class Guard:
 
         Args:
             step: Steps taken.
-            resume: Makes a state to go on from.
+            resume: Makes a state to go on from; all ranks call it together.
 
         Raises:
             RollBackError: Where the run has to go back; `go_back` does it.
@@ -120,8 +120,10 @@ class Guard:
         alarm = self.monitor.look(step) if self.monitor.due(step) else None
         if alarm is not None:
             self._answer(alarm, step)
-        elif self.main and self._keeps(step):
-            self.ring.save(step, resume())
+        elif self._keeps(step):
+            state = resume()
+            if self.main:
+                self.ring.save(step, state)
 
     def _keeps(self, step: int) -> bool:
         """Whether an alarm may send the run back to the state after so many steps."""

@@ -122,46 +122,62 @@ class CaseQueue:
 
     Case names stay out of it, since it goes into checkpoints: cases go by a hash.
 
+    Ranks that train together call `add` equally often, so the number of the call tells what is newest among all.
+
     Args:
         capacity: Cases that are kept; the one that was seen longest ago makes room.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.clock = 0
+        self.seen: dict[int, int] = {}
         self.rows: dict[int, dict[str, torch.Tensor]] = {}
 
     def add(self, cases: Sequence[str], embeddings: Embeddings) -> None:
         """Takes one row per case, where it lies: nothing is copied between devices."""
         values = {name: getattr(embeddings, name) for name in FIELDS}
         present = {name: value.detach().float() for name, value in values.items() if value is not None}
+        self.clock += 1
         for row, case in enumerate(cases):
             key = seed_of("health", case)
-            self.rows.pop(key, None)
-            self.rows[key] = {name: value[row] for name, value in present.items()}
-        while len(self.rows) > self.capacity:
-            self.rows.pop(next(iter(self.rows)))
+            self.seen[key], self.rows[key] = self.clock, {name: value[row] for name, value in present.items()}
+        self._make_room()
+
+    def take(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Takes the rows of another queue that are no older than its own, onto that device."""
+        values = {name: value.to(device) for name, value in state["rows"].items()}
+        for row, (key, seen) in enumerate(zip(state["keys"], state["seen"], strict=True)):
+            if seen >= self.seen.get(key, 0):
+                self.seen[key], self.rows[key] = seen, {name: value[row] for name, value in values.items()}
+        self.clock = max(self.clock, state["clock"])
+        self._make_room()
+
+    def _make_room(self) -> None:
+        surplus = len(self.rows) - self.capacity
+        if surplus > 0:
+            for key in sorted(self.rows, key=lambda key: (self.seen[key], key))[:surplus]:
+                del self.rows[key], self.seen[key]
 
     def state(self) -> dict[str, Any]:
-        """Tensors on the CPU, one row per case, oldest first."""
-        keys = list(self.rows)
+        """Builtins and tensors on the CPU, `rows` with one row per case in the order of their keys."""
+        keys = sorted(self.rows)
         names = list(self.rows[keys[0]]) if keys else []
-        return {"keys": keys, **{name: torch.stack([self.rows[key][name] for key in keys]).cpu() for name in names}}
+        rows = {name: torch.stack([self.rows[key][name] for key in keys]).cpu() for name in names}
+        return {"clock": self.clock, "keys": keys, "seen": [self.seen[key] for key in keys], "rows": rows}
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Takes up what `state` gave, on the device that later rows will come from: rows of two cannot be stacked."""
-        names = [name for name in state if name != "keys"]
-        values = {name: state[name].to(device) for name in names}
-        self.rows = {key: {name: values[name][row] for name in names} for row, key in enumerate(state["keys"])}
+        self.clock, self.seen, self.rows = 0, {}, {}
+        self.take(state, device)
 
 
-def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """The queues of all ranks as one: each case once, from the last rank that saw it, in the order of their keys."""
-    rows: dict[int, dict[str, torch.Tensor]] = {}
+def merge(states: Sequence[Mapping[str, Any]], capacity: int) -> dict[str, Any]:
+    """The queues of all ranks as the state of one: of each case the newest row, the same however cases are spread."""
+    queue = CaseQueue(capacity)
     for state in states:
-        names = [name for name in state if name != "keys"]
-        rows |= {key: {name: state[name][row] for name in names} for row, key in enumerate(state["keys"])}
-    ordered = [rows[key] for key in sorted(rows)]
-    return {name: torch.stack([row[name] for row in ordered]) for name in ordered[0]} if ordered else {}
+        queue.take(state, torch.device("cpu"))
+    return queue.state()
 
 
 def statistics(queue: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -228,7 +244,10 @@ class Monitor:
 
     def measure(self) -> dict[str, float]:
         """The statistics of the queues of all ranks; none where nothing was shown."""
-        return statistics(merge(gather(self.queue.state())))
+        return statistics(self._all_ranks()["rows"])
+
+    def _all_ranks(self) -> dict[str, Any]:
+        return merge(gather(self.queue.state()), self.queue.capacity)
 
     def begin(self, retrieval: Retrieval) -> None:
         """The queue holds the untrained network's embeddings now, and this is how they find each other."""
@@ -281,9 +300,9 @@ class Monitor:
         )
 
     def state(self) -> dict[str, Any]:
-        """Builtins and tensors for a checkpoint."""
+        """Builtins and tensors for a checkpoint, of all ranks, which have to ask together."""
         return {
-            "queue": self.queue.state(),
+            "queue": self._all_ranks(),
             "untrained": self.untrained,
             "settled": self.settled,
             "retrieval": None if self.retrieval is None else vars(self.retrieval),

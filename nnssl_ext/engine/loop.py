@@ -280,11 +280,12 @@ class _Run:
         }
 
     def _save_latest(self) -> None:
+        resume = self._resume_state()
         if self.world.main:
-            save_checkpoint(self.folder.latest, self._checkpoint(self._resume_state()))
+            save_checkpoint(self.folder.latest, self._checkpoint(resume))
 
     def _resume_state(self) -> dict[str, Any]:
-        """All that going on needs."""
+        """All that going on needs; all ranks have to ask together."""
         return {
             "task": self.stepper.task.state_dict(),
             "progress": self.progress.state(),

@@ -218,7 +218,8 @@ class Stepper:
             if stop():
                 return None
         metrics = {f"val_{name}": value for name, value in meter.means().items()}
-        return Validation(metrics | summarise(gather(monitor.state())), images, merge(gather(queue.state())))
+        shown = merge(gather(queue.state()), queue.capacity)["rows"]
+        return Validation(metrics | summarise(gather(monitor.state())), images, shown)
 
     @torch.no_grad()
     def show(self, batch: Batch) -> Embeddings | None:

@@ -37,7 +37,7 @@ def embeddings(rows: int, generator: torch.Generator, noise: float = 0.1, width:
 def as_queue(shown: Embeddings, cases: list[str] | None = None) -> dict[str, torch.Tensor]:
     queue = CaseQueue(512)
     queue.add(cases or [f"case{row}" for row in range(len(shown.first))], shown)
-    return merge([queue.state()])
+    return merge([queue.state()], 512)["rows"]
 
 
 def test_entropy_is_1_for_flat_and_0_for_sure_targets():
@@ -111,7 +111,7 @@ def test_the_queue_keeps_the_newest_row_of_each_case_and_forgets_the_oldest():
     for step in range(12):
         rows = torch.full((2, 3), float(step))
         queue.add([f"case{step}", "always"], Embeddings(first=rows, second=rows))
-    merged = merge([queue.state()])
+    merged = merge([queue.state()], 8)["rows"]
     assert sorted(merged["first"][:, 0].tolist()) == [5, 6, 7, 8, 9, 10, 11, 11]
     assert "case" not in str(queue.state()["keys"])
 
@@ -126,9 +126,48 @@ def test_a_queue_goes_on_from_its_state_and_ranks_make_one_queue():
         part.add(names[rows], Embeddings(**{name: value[rows] for name, value in vars(shown).items()}))
     resumed = CaseQueue(8)
     resumed.load_state(whole.state(), CPU)
-    expected = merge([whole.state()])
-    for other in (merge([part.state() for part in reversed(parts)]), merge([resumed.state()])):
+    expected = merge([whole.state()], 8)["rows"]
+    for states in ([part.state() for part in reversed(parts)], [resumed.state()]):
+        other = merge(states, 8)["rows"]
         assert all(torch.equal(other[name], expected[name]) for name in expected)
+
+
+def rows_of(value: float) -> Embeddings:
+    return Embeddings(first=torch.full((1, 3), value), second=torch.full((1, 3), value))
+
+
+def test_the_newest_row_of_a_case_wins_whichever_rank_saw_it():
+    """Fault: the last rank's row counts, however old it is."""
+    queues = [CaseQueue(8), CaseQueue(8)]
+    for first, second in (("new", "old"), ("a", "b"), ("old", "new")):
+        for queue, case in zip(queues, (first, second), strict=True):
+            queue.add([case], rows_of(float(queue.clock)))
+    for states in ([queue.state() for queue in queues], [queue.state() for queue in reversed(queues)]):
+        rows = merge(states, 8)["rows"]["first"][:, 0]
+        assert sorted(rows.tolist()) == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_all_ranks_go_on_from_what_all_ranks_had_seen(monkeypatch):
+    """Ranks whose cases are thrown away, or taken for newer than they are, change the numbers of a resumed run."""
+    undisturbed = [CaseQueue(8), CaseQueue(8)]
+
+    def see(queues: list[CaseQueue], steps: range) -> None:
+        for step in steps:
+            for rank, queue in enumerate(queues):
+                queue.add([f"case{(2 * step + 7 * rank) % 13}"], rows_of(float(2 * step + rank)))
+
+    see(undisturbed, range(9))
+    watching = Monitor(HealthConfig(queue=8), 1000)
+    monkeypatch.setattr("nnssl_ext.engine.health.gather", lambda state: [queue.state() for queue in undisturbed])
+    saved = watching.state()["queue"]
+    resumed = [CaseQueue(8), CaseQueue(8)]
+    for queue in resumed:
+        queue.load_state(saved, CPU)
+    see(undisturbed, range(9, 12))
+    see(resumed, range(9, 12))
+    expected, found = (merge([queue.state() for queue in queues], 8) for queues in (undisturbed, resumed))
+    assert found["keys"] == expected["keys"]
+    assert torch.equal(found["rows"]["first"], expected["rows"]["first"])
 
 
 def test_a_resumed_queue_lies_where_new_rows_come_from():
