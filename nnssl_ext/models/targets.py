@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from nnssl_ext.models.centre import Centre
 
@@ -26,17 +26,6 @@ SOFT_HORIZON = 100.0
 """Steps that the centre looks back at most once targets were softened: a momentum of .99."""
 SHARP_FACTOR = 2.0
 """By how much the centre looks back further once targets were sharpened."""
-
-
-def num_ranks() -> int:
-    """Processes that train together."""
-    together = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if together else 1
-
-
-def rank() -> int:
-    """The place of this process among them, from 0."""
-    return distributed.get_rank() if num_ranks() > 1 else 0
 
 
 def prototypes_for(num_cases: int) -> int:
@@ -95,14 +84,17 @@ class Targets(nn.Module):
         self.register_buffer("open", torch.ones(num_prototypes, dtype=torch.bool))
 
     def forward(
-        self, scores: torch.Tensor, counted: torch.Tensor | None = None, others: torch.Tensor | None = None
+        self,
+        scores: torch.Tensor,
+        counted: torch.Tensor | None = None,
+        others: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Probabilities of scores.
 
         Args:
             scores: (..., K).
             counted: (...), bool; False on rows that take no part in the balance.
-            others: (Q, K), scores that take part in the balance besides.
+            others: Scores (Q, K) that take part in the balance besides, and whether each does, (Q,), bool.
 
         Returns:
             (..., K), float32.
@@ -112,8 +104,7 @@ class Targets(nn.Module):
         rows = scores.flatten(0, -2)
         taking_part = rows.new_ones(len(rows), dtype=torch.bool) if counted is None else counted.flatten()
         if others is not None:
-            rows = torch.cat([rows, others])
-            taking_part = torch.cat([taking_part, taking_part.new_ones(len(others))])
+            rows, taking_part = torch.cat([rows, others[0]]), torch.cat([taking_part, others[1]])
         return self.balance(rows, self.temperature, counted=taking_part)[: scores[..., 0].numel()].view_as(scores)
 
     def close(self, scores: torch.Tensor) -> torch.Tensor:

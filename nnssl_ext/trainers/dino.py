@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.core.ranks import num_ranks, rank
 from nnssl_ext.engine.alarms import Response
 from nnssl_ext.engine.monitors import token_spread
 from nnssl_ext.engine.optim import OptimConfig
@@ -49,10 +50,10 @@ from nnssl_ext.models.heads import PrototypeHead
 from nnssl_ext.models.hidden import HiddenTokens
 from nnssl_ext.models.queue import EMPTY, FeatureQueue, all_rows, case_keys
 from nnssl_ext.models.standardise import Standardise
-from nnssl_ext.models.targets import Targets, check_balance, num_ranks, prototypes_for, rank
+from nnssl_ext.models.targets import Targets, check_balance, prototypes_for
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
-from nnssl_ext.views.masks import block_mask
+from nnssl_ext.views.masks import block_mask, check_blocks
 from nnssl_ext.views.multicrop import MEASURED, NUM_GLOBALS, MultiCropConfig, multi_crop, view_sizes
 from nnssl_ext.views.sham import of_another_case
 
@@ -133,7 +134,7 @@ class DINOv2Config(DINOConfig):
     mask_ratio: tuple[float, float] = (0.3, 0.6)
     """Smallest and largest share of the tokens hidden in one of the two global views, in (0, 1)."""
     mask_block: int = 1
-    """Edge of a hidden block in tokens, 1 or more; blocks at the far border are clipped."""
+    """Edge of a hidden block in tokens, 1 or more, at most those there are along an axis; clipped at the far border."""
     ibot_centring: Centring = "softmax"
     """As `centring`, for tokens; balance needs a fourth as many hidden tokens as prototypes."""
     ibot_queue: int = 0
@@ -329,11 +330,13 @@ class DINOv2(DINO):
         """Builds the tokens' head, the queues, and the anchor where it has weight.
 
         Raises:
-            ValueError: Where views do not fit the network, or balanced targets would be flat.
+            ValueError: Where views do not fit the network or blocks the views, or balanced targets would be flat.
         """
         super().__init__(config, configuration, num_cases)
         self.stride = self.encoder.strides[self.level]
         self.grid = tuple(edge // step for edge, step in zip(self.sizes[0], self.stride, strict=True))
+        self.block = tuple(min(config.mask_block, edge) for edge in self.grid)
+        check_blocks(self.block, self.grid, config.mask_ratio)
         others = num_cases - self.volumes
         size = min(config.koleo_queue, others) if config.koleo_weight else 0
         self.queue = FeatureQueue(size, self.encoder.channels[-1])
@@ -345,9 +348,8 @@ class DINOv2(DINO):
             self.anchor = Teacher(encoder=self.encoder)
 
     def _build_tokens(self, config: DINOv2Config, others: int) -> None:
-        width, block = self.encoder.channels[self.level], config.mask_block ** len(self.grid)
-        num_tokens = prod(self.grid)
-        self.most_hidden = min(num_tokens, ceil(config.mask_ratio[1] * num_tokens) + block)
+        width, num_tokens = self.encoder.channels[self.level], prod(self.grid)
+        self.most_hidden = min(num_tokens, ceil(config.mask_ratio[1] * num_tokens) + prod(self.block))
         self.token_standard, self.teacher_token_standard = Standardise(width), Standardise(width)
         self.token_head = PrototypeHead(width, self.num_prototypes)
         self.token_targets = Targets(self.num_prototypes, config.teacher_temperature[0], BALANCE[config.ibot_centring])
@@ -356,7 +358,8 @@ class DINOv2(DINO):
         if config.ibot_centring == "sinkhorn":
             size = max(0, min(config.ibot_queue, others * self.most_hidden))
             hidden = int(sum(config.mask_ratio) / 2 * num_tokens) * self.volumes
-            check_balance("ibot_centring", hidden + size, self.num_prototypes, TOKENS_PER_PROTOTYPE)
+            earlier = size * hidden // (self.most_hidden * self.volumes)  # the other places stay empty
+            check_balance("ibot_centring", hidden + earlier, self.num_prototypes, TOKENS_PER_PROTOTYPE)
         self.token_queue = FeatureQueue(size, self.token_head.bottleneck_width)
         self.fill_in = HiddenTokens(self.encoder, self.level)
 
@@ -369,8 +372,7 @@ class DINOv2(DINO):
         views = super().views(batch, random, train)
         draws, device = random.child("mask"), batch.data.device
         ratio = torch.from_numpy(draws.uniform("ratio", *self.config.mask_ratio, (1,))).to(device)
-        block = min(self.config.mask_block, min(self.grid))
-        views["hidden"] = block_mask(draws, self.grid, block, ratio, device=device)
+        views["hidden"] = block_mask(draws, self.grid, self.block, ratio, device=device)
         views["masked_view"] = torch.from_numpy(draws.integers("view", 0, NUM_GLOBALS)).to(device)
         return views
 
@@ -384,11 +386,11 @@ class DINOv2(DINO):
             metrics["hidden_share"] = views["hidden"].float().mean()
         if self.config.koleo_weight:
             losses["koleo"] = (self.config.koleo_weight * self.koleo_factor, self._koleo(descriptors, views["case"]))
-        if self.config.gram_weight:
+        if self.config.gram_weight and self.anchored:
             with torch.no_grad():
                 anchor = flat_tokens(self.anchor.encoder(_joined(views, "global"))[self.level])
             gram = gram_loss(flat_tokens(ours[self.level]), anchor)
-            losses["gram"] = (self.config.gram_weight * self.anchored, gram)
+            losses["gram"] = (self.config.gram_weight, gram)
         return losses, metrics
 
     def _ibot(self, views: Views, theirs: torch.Tensor) -> torch.Tensor:
@@ -419,13 +421,12 @@ class DINOv2(DINO):
             self.token_queue.push(all_rows(embedded.flatten(0, 1)), all_rows(keys.flatten()))
         return ibot_loss(logits, targets, counted, self.config.student_temperature)
 
-    def _earlier_tokens(self) -> torch.Tensor | None:
-        """Scores of the queue's tokens that this rank brings into the balance."""
+    def _earlier_tokens(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Scores of the queue's tokens that this rank brings into the balance, and which of its places are filled."""
         if not len(self.token_queue.keys):
             return None
         mine = slice(rank(), None, num_ranks())
-        rows, filled = self.token_queue.rows[mine], self.token_queue.keys[mine] != EMPTY
-        return self.teacher.token_head.scores(rows[filled])
+        return self.teacher.token_head.scores(self.token_queue.rows[mine]), self.token_queue.keys[mine] != EMPTY
 
     def _koleo(self, descriptors: torch.Tensor, case: torch.Tensor) -> torch.Tensor:
         """The spread of each global view's descriptors from those of other cases, here, on other ranks, and before."""

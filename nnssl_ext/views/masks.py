@@ -56,6 +56,26 @@ def block_mask(
     return upsample_blocks(chosen.view(-1, 1, *grid), block, shape)
 
 
+def check_blocks(block_size: Sequence[int], shape: Sequence[int], ratio: tuple[float, float]) -> None:
+    """Refuses blocks so large that whole ones cannot make up the share to hide.
+
+    Args:
+        block_size: Edges of a block.
+        shape: Of what is hidden.
+        ratio: Smallest and largest share to hide, in (0, 1).
+
+    Raises:
+        ValueError: Where a block holds a larger share than the range is wide and than half its lower end.
+    """
+    block, (low, high) = _product(block_size), ratio
+    share = block / _product(shape)
+    if block > 1 and share > max(high - low, low / 2):
+        raise ValueError(
+            f"mask_block gives blocks of {tuple(block_size)} tokens, {share:.0%} of {tuple(shape)}: whole ones do not "
+            f"make up mask_ratio={ratio}. Use a smaller one, such as --set mask_block=1"
+        )
+
+
 def upsample_blocks(grid: Tensor, block_size: Sequence[int], shape: Sequence[int]) -> Tensor:
     """One value per block to one value per voxel.
 

@@ -44,7 +44,11 @@ def test_balanced_targets_take_others_along_and_leave_out_what_does_not_count():
     targets, scores, others = Targets(4, 0.5, sinkhorn), draw(2, 3, 4), draw(5, 4) + 1
     counted = torch.tensor([[True, True, False], [True, False, True]])
     expected = sinkhorn(torch.cat([scores[counted], others]), 0.5)[:4]
-    assert torch.allclose(targets(scores, counted, others)[counted], expected, atol=1e-5)
+    filled = torch.ones(5, dtype=torch.bool)
+    assert torch.allclose(targets(scores, counted, (others, filled))[counted], expected, atol=1e-5)
+    filled[3:] = False
+    expected = sinkhorn(torch.cat([scores[counted], others[:3]]), 0.5)[:4]
+    assert torch.allclose(targets(scores, counted, (others, filled))[counted], expected, atol=1e-5)
 
 
 def test_temperature_follows_the_schedule_until_a_knob_is_turned():

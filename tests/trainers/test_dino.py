@@ -259,7 +259,19 @@ def test_balance_over_too_few_is_refused(tiny_plan):
     make_task(plan, prototypes=64, centring="sinkhorn")
     with pytest.raises(ValueError, match=r"ibot_centring=sinkhorn balances \d+ samples over 512"):
         make_task(plan, prototypes=512, ibot_centring="sinkhorn")
-    make_task(plan, prototypes=512, ibot_centring="sinkhorn", ibot_queue=4096)
+    make_task(plan, prototypes=448, ibot_centring="sinkhorn", ibot_queue=4096)
+    with pytest.raises(ValueError, match=r"ibot_centring=sinkhorn balances 120 samples over 512"):  # 160 places
+        make_task(plan, prototypes=512, ibot_centring="sinkhorn", ibot_queue=4096)
+
+
+def test_blocks_that_cannot_make_up_the_share_are_refused(tiny_plan):
+    """Fails if blocks of most of the grid are taken: then all or nothing is hidden, whatever was asked for."""
+    plan = tiny_plan(PATCHES["2d"])  # 6 x 4 tokens
+    with pytest.raises(ValueError, match=r"blocks of \(4, 4\) tokens, 67% of \(6, 4\).*mask_block=1"):
+        make_task(plan, mask_block=4)
+    task = make_task(plan, mask_block=2)
+    shares = [views_of(task, make_batch(PATCHES["2d"], step), step)["hidden"].float().mean() for step in range(10)]
+    assert all(0.3 - 1 / 12 <= share <= 0.6 + 1 / 12 for share in shares)
 
 
 @pytest.mark.parametrize(
@@ -274,11 +286,18 @@ def test_the_monitor_can_turn_every_knob(tiny_plan):
     patch = PATCHES["2d"]
     task = make_task(tiny_plan(patch), gram_weight=1.0)
     run(task, patch, range(2), rate=0.1)
-    assert task.train()(views_of(task, make_batch(patch, 2), 2)).metrics["gram_loss"] > 0
+    passes = []
+    task.anchor.encoder.register_forward_hook(lambda *_: passes.append(1))
+    assert "gram_loss" not in task.train()(views_of(task, make_batch(patch, 2), 2)).metrics
+    assert not passes  # before there is an anchor its pass would be for nothing
     assert "2 times" in task.respond("spread")
     assert "4 times" in task.respond("spread")
     assert "anchored" in task.respond("anchor")
     assert task.anchored == 1
+    run(task, patch, range(3, 4), rate=0.1)
+    assert task(views_of(task, make_batch(patch, 4), 4)).metrics["gram_loss"] > 0
+    assert passes
+    task.respond("anchor")
     for ours, theirs in zip(task.anchor.encoder.parameters(), task.teacher.encoder.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     task.respond("soften")
@@ -373,4 +392,5 @@ def test_two_processes_compute_what_one_with_twice_the_batch_does(tiny_plan, tmp
         found = torch.load(tmp_path / f"{rank}.pt")
         assert set(found) == set(expected)
         for name, value in expected.items():
-            assert torch.allclose(found[name], value, rtol=1e-2, atol=1e-4), name
+            largest = value.nan_to_num(posinf=0).abs().max() if value.numel() and value.is_floating_point() else 0
+            assert torch.allclose(found[name], value, rtol=0, atol=1e-6 + 1e-3 * float(largest)), name
