@@ -219,7 +219,8 @@ def mutual_information(probabilities: torch.Tensor) -> float:
 
 
 def test_it_learns_on_one_batch(trainer, plan):
-    """The loss falls. That against a teacher also falls in a collapse, so there targets must tell samples apart.
+    """The loss falls. That against a teacher falls in a collapse, and rises as targets sharpen: there it tells nothing,
+    and targets must tell samples apart instead.
 
     Fails on a network whose targets are flat or all the same: then they say nothing about their sample.
     """
@@ -233,7 +234,6 @@ def test_it_learns_on_one_batch(trainer, plan):
     if has_teacher:
         known = [mutual_information(output.embeddings.targets) for output in outputs[-5:]]
         assert min(known) > math.log(len(batch.cases)) / 3
-        assert sum(losses[-5:]) / 5 < max(losses)  # the first targets are those of a network that knows nothing
     else:
         assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
