@@ -218,6 +218,14 @@ def test_the_network_that_was_asked_for_is_handed_on(make_plan, patch, export):
         assert not torch.allclose(theirs, other.eval().feature_maps(image)[-1], atol=1e-4)
 
 
+def test_what_the_monitor_sees_is_float32_in_half_precision(tiny_plan):
+    """Fails if the spread of tokens is taken of half-precision features: the alarm compares small spreads."""
+    task = make_task(tiny_plan(PATCHES["2d"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = task(views_of(task, make_batch(PATCHES["2d"]))).embeddings
+    assert all(value.dtype == torch.float32 for value in vars(shown).values())
+
+
 def test_schedules_count_optimiser_steps_and_shorten_with_the_run(tiny_plan):
     """Fails if the temperature rises fast, if constants ignore a short run, or if a teacher's momentum reaches 1."""
     task = make_task(tiny_plan(PATCHES["2d"]))
