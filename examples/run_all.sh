@@ -3,7 +3,7 @@
 #
 #   examples/run_all.sh path/to/Task04_Hippocampus path/to/workspace
 #
-# The settings are those of a CPU: a network of width 8, AdamW, a thousand steps and not a quarter of a million. On a GPU leave out -pl, -batch_size,
+# The settings are those of a CPU: a network of width 8, AdamW, a thousand steps. On a GPU leave out -pl, -batch_size,
 # -patch_size, --precision, --set, -num_epochs and -steps_per_epoch: the planner and the published recipes then decide.
 # Every command can be stopped and started again.
 set -euo pipefail
