@@ -320,6 +320,7 @@ class _Run:
             partners=cases,
             name=part,
             failed=self.failed,
+            device=self.device,
             weights=trainer.sampling_weights if train else "uniform",
             crops_per_case=trainer.crops_per_case if train else 1,
         )

@@ -30,6 +30,8 @@ class Batch:
     """Share of each crop's real voxels that is foreground, in [0, 1], by the store's coarse grid."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device, its voxels in float32."""
-        data, valid, lower, spacing = (part.to(device) for part in (self.data, self.valid, self.lower, self.spacing))
+        """The batch on a device, its voxels in float32; from page-locked memory a GPU copies by itself."""
+        here = self.data.device.type == "cpu"  # on its way back, a copy that nobody waits for would be read too early
+        parts = (self.data, self.valid, self.lower, self.spacing)
+        data, valid, lower, spacing = (part.to(device, non_blocking=here) for part in parts)
         return replace(self, data=data.float(), valid=valid, lower=lower, spacing=spacing)

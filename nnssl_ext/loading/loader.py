@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from operator import lt
 from types import MappingProxyType
 
+import torch
 from typing_extensions import Self
 
 from nnssl_ext.loading.batch import Batch
@@ -18,6 +19,7 @@ from nnssl_ext.loading.cases import CaseSampler, SamplingWeights
 from nnssl_ext.loading.failures import FailedCases
 from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.loading.patches import BatchRequest, Unreadable, num_bytes
+from nnssl_ext.loading.pinning import host_memory
 from nnssl_ext.loading.workers import Reader, WorkerPool
 from nnssl_ext.preprocessing.store import CorruptCaseError, Store
 
@@ -73,6 +75,7 @@ class PatchLoader:
         partners: Where the other images of a sample come from; by default `case_ids`, which must be among them.
         name: What the crops are for, in messages.
         failed: Where cases that cannot be read are counted, which may be shared with other loaders.
+        device: Where the batches will be copied: memory is page-locked for a GPU.
 
     Raises:
         ValueError: If an argument is out of range, a case is not in the store, cases differ in their channels, or the
@@ -99,6 +102,7 @@ class PatchLoader:
         partners: Sequence[str] = (),
         name: str = "training",
         failed: FailedCases | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         _check_sizes(patch_size, min_foreground, rank, world_size)
         for argument, value, least in (
@@ -129,8 +133,9 @@ class PatchLoader:
         self._statistics = LoaderStatistics()
         channels = store.entries[case_ids[0]].shape[0]
         memory = num_bytes(batch_size * needs.images, channels, self.crop_size)
-        self._here = Reader(memory)
-        self._reader = WorkerPool(num_workers, memory) if num_workers else self._here
+        host = host_memory(device)
+        self._here = Reader(memory, host)
+        self._reader = WorkerPool(num_workers, memory, host) if num_workers else self._here
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """The batches of the optimiser steps from `start_step` up to, not including, `end_step`.
@@ -215,8 +220,9 @@ class PatchLoader:
                 logger.info("In the first round of %s %d of %d crops %s.", self.name, count, crops.num_crops, what)
 
     def close(self) -> None:
-        """Stops the workers."""
+        """Stops the workers, and unlocks their memory."""
         self._reader.close()
+        self._here.close()
 
     def __enter__(self) -> Self:
         return self

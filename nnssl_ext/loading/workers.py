@@ -24,6 +24,7 @@ import torch
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.buffers import Buffer, BufferPool
 from nnssl_ext.loading.patches import BatchRequest, Placed, Unreadable, as_batch, read_batch
+from nnssl_ext.loading.pinning import HostMemory
 from nnssl_ext.preprocessing.store import SUFFIX
 
 BATCHES_AHEAD = 2
@@ -40,10 +41,11 @@ class Reader:
 
     Args:
         num_bytes: Memory of a batch.
+        host: Of the device that the batches go to; None where they stay.
     """
 
-    def __init__(self, num_bytes: int) -> None:
-        self._buffers = BufferPool(num_bytes, shared=False)
+    def __init__(self, num_bytes: int, host: HostMemory | None = None) -> None:
+        self._buffers = BufferPool(num_bytes, shared=False, host=host)
 
     def read(self, requests: Iterable[BatchRequest]) -> Iterator[Answer]:
         """Batches in the order of the requests; for one with a case that cannot be read, which and why."""
@@ -53,7 +55,8 @@ class Reader:
             yield _answer(request, placed, buffer, self._buffers)
 
     def close(self) -> None:
-        """There is nothing to stop."""
+        """Gives back what the memory was given."""
+        self._buffers.close()
 
 
 def _answer(request: BatchRequest, placed: Placed | Unreadable, buffer: Buffer, buffers: BufferPool) -> Answer:
@@ -122,10 +125,11 @@ class WorkerPool:
     Args:
         num_workers: Number of processes, 1 or more.
         num_bytes: Memory of a batch.
+        host: Of the device that the batches go to; None where they stay.
     """
 
-    def __init__(self, num_workers: int, num_bytes: int) -> None:
-        self.num_workers, self.num_bytes = num_workers, num_bytes
+    def __init__(self, num_workers: int, num_bytes: int, host: HostMemory | None = None) -> None:
+        self.num_workers, self.num_bytes, self.host = num_workers, num_bytes, host
         self._workers: list[_Worker] = []
         self._shut: Finalize | None = None
 
@@ -161,7 +165,8 @@ class WorkerPool:
             process = context.Process(target=_serve, args=(theirs,), daemon=True, name="nnssl-loader")
             process.start()
             theirs.close()
-            self._workers.append(_Worker(process, ours, BufferPool(self.num_bytes, shared=True), set()))
+            buffers = BufferPool(self.num_bytes, shared=True, host=self.host)
+            self._workers.append(_Worker(process, ours, buffers, set()))
         self._shut = Finalize(self, _stop, args=(self._workers,), exitpriority=0)
 
     def close(self) -> None:
@@ -187,6 +192,8 @@ def _stop(workers: list[_Worker]) -> None:
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join()
+    for worker in workers:
+        worker.buffers.close()
     workers.clear()
 
 
