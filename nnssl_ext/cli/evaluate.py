@@ -39,7 +39,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("-d", required=True, metavar="DATASET", help="id or name of the labelled dataset")
-    add("-p", nargs="+", required=True, metavar="PLANS", help="plans of the arms, two or more")
+    add(
+        "-p",
+        nargs="+",
+        required=True,
+        metavar="PLANS",
+        help="plans of the arms, two or more; {seed} stands for the seed",
+    )
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="configuration of the plans (default: %(default)s)")
     add("-f", nargs="+", type=int, default=[], metavar="FOLD", help="folds (default: all that are planned)")
     add("--num_train", nargs="+", type=_size, metavar="N", help="training cases per fold, or all (default: all)")

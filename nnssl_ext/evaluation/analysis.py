@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +34,11 @@ class ScoreTable:
     folds: tuple[int, ...]
     """Fold in which each case was validated."""
     seeds: tuple[int | None, ...]
+
+
+def one_fold(table: ScoreTable) -> ScoreTable:
+    """As if all cases were of one fold: a seed's networks share a pretraining over all folds, so the seed is drawn."""
+    return replace(table, folds=(0,) * len(table.folds))
 
 
 def tabulate(scores: Iterable[CaseScores], metric: str, class_name: str) -> dict[tuple[str, NumTrain], ScoreTable]:
@@ -78,17 +83,23 @@ def class_names(classes: Mapping[str, Sequence[int]]) -> list[str]:
     return [MEAN_CLASS] if len(classes) == 1 else [MEAN_CLASS, *classes]
 
 
-def summarise(scores: Sequence[CaseScores], names: Sequence[str]) -> list[Summary]:
-    """Means with bootstrap intervals, per arm, size, metric and class."""
+def summarise(scores: Sequence[CaseScores], names: Sequence[str], shared: Collection[str] = ()) -> list[Summary]:
+    """Means with bootstrap intervals, per arm, size, metric and class.
+
+    Args:
+        scores: Scores of single cases.
+        names: As from `class_names`.
+        shared: Arms whose seeds have a pretraining each, which all folds share.
+    """
     rows = []
     for metric in METRICS:
         for name in names:
             for (arm, size), table in tabulate(scores, metric, name).items():
-                rows.append(_summary(arm, size, metric, name, table))
+                rows.append(_summary(arm, size, metric, name, table, one_fold(table) if arm in shared else table))
     return rows
 
 
-def _summary(arm: str, size: NumTrain, metric: str, name: str, table: ScoreTable) -> Summary:
+def _summary(arm: str, size: NumTrain, metric: str, name: str, table: ScoreTable, units: ScoreTable) -> Summary:
     per_case = statistics.mean_over_seeds(table.values)
     known = per_case[np.isfinite(per_case)]
     folds = np.array(table.folds)
@@ -100,7 +111,7 @@ def _summary(arm: str, size: NumTrain, metric: str, name: str, table: ScoreTable
         class_name=name,
         mean=float(known.mean()) if len(known) else None,
         interval=statistics.bootstrap_interval(
-            table.values, table.folds, generator(BOOTSTRAP_SEED, "mean", metric, name)
+            units.values, units.folds, generator(BOOTSTRAP_SEED, "mean", metric, name)
         ),
         num_cases=len(known),
         num_seeds=len(table.seeds),
@@ -117,11 +128,14 @@ def _means_of(groups: Mapping[int, statistics.Array]) -> dict[int, float]:
     return {key: float(values.mean()) for key, values in groups.items() if len(values)}
 
 
-def compare(scores: Sequence[CaseScores], reference: str, names: Sequence[str]) -> list[Comparison]:
+def compare(
+    scores: Sequence[CaseScores], reference: str, names: Sequence[str], shared: Collection[str] = ()
+) -> list[Comparison]:
     """Every arm against the reference, paired per case, with Holm's correction; `names` as from `class_names`.
 
     There are two families of tests for each metric: the mean over classes (arms x sizes), on which the verdict stands,
-    and the single classes (arms x sizes x classes).
+    and the single classes (arms x sizes x classes). In arms that are `shared` the seeds have a pretraining each, which
+    all folds share, so that the unit of luck is the seed.
 
     Raises:
         ValueError: If an arm and the reference were not validated on the same cases.
@@ -129,11 +143,13 @@ def compare(scores: Sequence[CaseScores], reference: str, names: Sequence[str]) 
     rows: list[Comparison] = []
     for metric in METRICS:
         for family in ([n for n in names if n == MEAN_CLASS], [n for n in names if n != MEAN_CLASS]):
-            rows += _correct([row for name in family for row in _comparisons(scores, reference, metric, name)])
+            rows += _correct([row for name in family for row in _comparisons(scores, reference, metric, name, shared)])
     return rows
 
 
-def _comparisons(scores: Sequence[CaseScores], reference: str, metric: str, name: str) -> list[Comparison]:
+def _comparisons(
+    scores: Sequence[CaseScores], reference: str, metric: str, name: str, shared: Collection[str]
+) -> list[Comparison]:
     tables = tabulate(scores, metric, name)
     rows = []
     for (arm, size), table in tables.items():
@@ -146,7 +162,8 @@ def _comparisons(scores: Sequence[CaseScores], reference: str, metric: str, name
                 f"{arm} and {reference} were not validated on the same cases with {size} training cases "
                 f"({len(odd)} differ, for example {odd[0]}), so they cannot be paired"
             )
-        rows.append(_comparison(arm, size, metric, name, _paired(table, base)))
+        pairs = _paired(table, base)
+        rows.append(_comparison(arm, size, metric, name, one_fold(pairs) if {arm, reference} & {*shared} else pairs))
     return rows
 
 

@@ -2,12 +2,16 @@
 
 An arm whose plans hold `nnssl_finetuning` is trained by `SSLFinetuneTrainer`, on training subsets and seeds of its own.
 Any other plans file is *plain nnU-Net*: the stock trainer, all training cases, no seed.
+
+A name with `{seed}` in it, such as `ptPlans__mae_p{seed}`, is one arm with plans for every seed: each seed stands on a
+pretraining of its own. Then the luck of the pretraining is part of the comparison, and it is shared by all folds.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,11 @@ from nnssl_ext.evaluation.records import Arm, NumTrain, Role
 from nnssl_ext.finetuning.config import PLANS_KEY, FinetuningConfig, read_config
 from nnssl_ext.finetuning.run import DEFAULT_TRAINER
 
+_BEFORE_SEED = re.compile(r"(_+p)?[-_]*$")
 PLAIN_TRAINER = "nnUNetTrainer"
 NAME_PREFIX = "ptPlans__"
+SEED_FIELD = "{seed}"
+"""Stands for the seed in the name of an arm that has plans of its own for every seed."""
 _SAME_IN_ALL_ARMS = ("num_epochs", "iterations_per_epoch", "precision", "validation_mirroring")
 """Fine-tuning settings that must not differ between arms, since they are no part of a start's recipe."""
 _EXPECTED_TO_DIFFER = ("splits", "seed", "pretrained_weights", "pretraining_content_hashes")
@@ -48,6 +55,19 @@ class PlannedArm:
     config: FinetuningConfig | None
     """None for plain nnU-Net."""
     trainer: str
+    short: str = ""
+    """Name for tables and figures; empty: made from `name`."""
+    per_seed: Mapping[int, PlannedArm] = field(default_factory=dict)
+    """Plans of each seed, where every seed has its own; the fields above are then those of the first seed."""
+
+    @property
+    def starts(self) -> tuple[PlannedArm, ...]:
+        """The plans that its runs are derived from: one for each seed, or itself."""
+        return tuple(self.per_seed.values()) or (self,)
+
+    def at(self, seed: int) -> PlannedArm:
+        """The plans that the runs of a seed are derived from."""
+        return self.per_seed.get(seed, self)
 
     @property
     def pretrained(self) -> bool:
@@ -57,7 +77,7 @@ class PlannedArm:
     @property
     def label(self) -> str:
         """Short name: `mae` for `ptPlans__mae`."""
-        return self.name.removeprefix(NAME_PREFIX)
+        return self.short or self.name.removeprefix(NAME_PREFIX)
 
 
 def read_arm(plans_path: Path, configuration: str, plain_trainer: str = PLAIN_TRAINER) -> PlannedArm:
@@ -79,6 +99,51 @@ def read_arm(plans_path: Path, configuration: str, plain_trainer: str = PLAIN_TR
     config = read_config(plans, str(plans_path)) if PLANS_KEY in plans else None
     trainer = plain_trainer if config is None else DEFAULT_TRAINER
     return PlannedArm(name=plans["plans_name"], plans_path=plans_path, plans=plans, config=config, trainer=trainer)
+
+
+def read_arms(
+    folder: Path,
+    names: Sequence[str],
+    configuration: str,
+    plain_trainer: str = PLAIN_TRAINER,
+    *,
+    seeds: Sequence[int] = (),
+    labels: Sequence[str] = (),
+) -> tuple[PlannedArm, ...]:
+    """Reads the arms of a comparison.
+
+    Args:
+        folder: The dataset's folder in nnU-Net's preprocessed data.
+        names: Plans names, perhaps with `SEED_FIELD`.
+        configuration: nnU-Net's configuration.
+        plain_trainer: Trainer of plain nnU-Net plans.
+        seeds: Seeds of the evaluation.
+        labels: Short names; none: made from the names.
+
+    Raises:
+        FileNotFoundError: If a plans file is missing.
+        ValueError: If one has no such configuration, its settings are not valid, or labels and names differ in number.
+    """
+    if labels and len(labels) != len(names):
+        raise ValueError(f"{len(labels)} labels do not name {len(names)} arms: {', '.join(labels)}")
+
+    def read(name: str, label: str) -> PlannedArm:
+        if SEED_FIELD not in name:
+            return replace(read_arm(folder / f"{name}.json", configuration, plain_trainer), short=label)
+        starts = {
+            seed: read_arm(folder / f"{name.replace(SEED_FIELD, str(seed))}.json", configuration, plain_trainer)
+            for seed in seeds
+        }
+        own = _BEFORE_SEED.sub("", name.partition(SEED_FIELD)[0])
+        named = {seed: replace(start, short=label or own.removeprefix(NAME_PREFIX)) for seed, start in starts.items()}
+        return replace(named[seeds[0]], name=own, per_seed=named)
+
+    return tuple(read(name, label) for name, label in zip(names, labels or [""] * len(names), strict=True))
+
+
+def all_starts(arms: Iterable[PlannedArm]) -> list[PlannedArm]:
+    """The plans of all seeds of all arms."""
+    return [start for arm in arms for start in arm.starts]
 
 
 def choose_reference(arms: Sequence[PlannedArm], wanted: str | None) -> PlannedArm:
@@ -110,7 +175,7 @@ def common_splits(arms: Sequence[PlannedArm]) -> tuple[Split, ...] | None:
     Raises:
         ValueError: If two arms were planned with different folds.
     """
-    planned = [arm for arm in arms if arm.config is not None]
+    planned = [start for start in all_starts(arms) if start.config is not None]
     for arm in planned[1:]:
         if _as_sets(arm) != _as_sets(planned[0]):
             raise ValueError(
@@ -132,8 +197,8 @@ def check_fairness(arms: Sequence[PlannedArm], reference: PlannedArm, configurat
         ValueError: If an arm's length of training or way of validation differs from the reference's.
     """
     warnings = []
-    for arm in arms:
-        if arm is reference or arm.config is None:
+    for arm in all_starts(arm for arm in arms if arm is not reference):
+        if arm.config is None:
             continue
         recipe = _differing_recipe(arm, reference)
         own, base = (a.plans["configurations"][configuration] for a in (arm, reference))
@@ -143,7 +208,7 @@ def check_fairness(arms: Sequence[PlannedArm], reference: PlannedArm, configurat
                 f"{arm.label} and {reference.label} differ in {', '.join([*network, *recipe])} besides the "
                 "pretraining, so a difference between them is not the pretraining's alone."
             )
-    return warnings
+    return list(dict.fromkeys(warnings))
 
 
 def _differing_recipe(arm: PlannedArm, reference: PlannedArm) -> list[str]:
@@ -172,7 +237,7 @@ def find_leaks(arms: Iterable[PlannedArm], hashes: Mapping[str, Sequence[str]]) 
         hashes: Content hashes of the images of each training and validation case.
     """
     leaks = {}
-    for arm in arms:
+    for arm in all_starts(arms):
         seen = set(arm.config.pretraining_content_hashes) if arm.config else set()
         found = sorted(case for case, own in hashes.items() if seen.intersection(own))
         if found:
@@ -211,6 +276,7 @@ def describe_arm(arm: PlannedArm, reference: PlannedArm, pretraining_run: Path |
         role=role,
         trainer=arm.trainer,
         pretrained=arm.pretrained,
+        pretrained_per_seed=bool(arm.per_seed),
         label=arm.label,
         weights=arm.config.pretrained_weights if arm.config else None,
         pretraining_run=str(pretraining_run) if pretraining_run else None,

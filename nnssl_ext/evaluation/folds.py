@@ -32,6 +32,8 @@ class FoldRun:
     """One training that the evaluation needs."""
 
     arm: PlannedArm
+    start: PlannedArm
+    """Whose plans it is derived from: the arm's, or those of its seed."""
     num_train: NumTrain
     seed: int | None
     """None for plain nnU-Net."""
@@ -145,10 +147,12 @@ def plan_runs(
                     plain = arm.config is None
                     if plain and (position > 0 or size != "all"):
                         continue
-                    name = arm.name if plain else variant_name(arm, size, seed)
+                    start = arm.at(seed)
+                    name = arm.name if plain else variant_name(start, size, seed)
                     runs.append(
                         FoldRun(
                             arm=arm,
+                            start=start,
                             num_train=size,
                             seed=None if plain else seed,
                             fold=fold,

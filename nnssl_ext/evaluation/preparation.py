@@ -31,7 +31,9 @@ class EvaluationSettings:
     dataset: int | str
     """Id or name of the labelled dataset."""
     plans: tuple[str, ...]
-    """Plans names of the arms."""
+    """Plans names of the arms; `arms.SEED_FIELD` in one stands for the seed."""
+    labels: tuple[str, ...] = ()
+    """Short names of the arms; none: made from their plans names."""
     configuration: str = "3d_fullres"
     folds: tuple[int, ...] = ()
     """Folds to run; none stands for all that are planned."""
@@ -105,9 +107,13 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
     """
     preprocessed = find_dataset(settings.dataset, nnunet_root("preprocessed"))
     manifest = Manifest.load(find_dataset(settings.dataset, nnunet_root("raw")))
-    planned = tuple(
-        arms.read_arm(preprocessed / f"{name}.json", settings.configuration, settings.plain_trainer)
-        for name in settings.plans
+    planned = arms.read_arms(
+        preprocessed,
+        settings.plans,
+        settings.configuration,
+        settings.plain_trainer,
+        seeds=settings.seeds,
+        labels=settings.labels,
     )
     reference = arms.choose_reference(planned, settings.reference)
     splits = arms.common_splits(planned) or _nnunet_splits(preprocessed, manifest)
@@ -173,8 +179,8 @@ def write_plans(prepared: Prepared) -> None:
         if run.plans_name in done:
             continue
         done.add(run.plans_name)
-        path = run.arm.plans_path
-        if run.plans_name != run.arm.name and run.seed is not None:
+        path = run.start.plans_path
+        if run.plans_name != run.start.name and run.seed is not None:
             splits = folds.subsets_of_folds(prepared.splits, subjects, prepared.num_train, run.seed)[run.num_train]
             path = derive_plans(path, run.plans_name, list(splits), run.seed)
         folds.check_same_settings(run, read_json(path))

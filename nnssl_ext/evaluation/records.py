@@ -39,7 +39,9 @@ class Arm:
     weights: str | None = None
     """File name of the adapted pretrained weights."""
     pretraining_run: str | None = None
-    """Folder of the pretraining run, where it is on this machine."""
+    """Folder of the pretraining run (of the first seed's), where it is on this machine."""
+    pretrained_per_seed: bool = False
+    """Whether every seed has a pretraining of its own."""
     training: dict[str, str] = field(default_factory=dict)
     """Fine-tuning settings as text, for the report's table."""
     commands: tuple[str, ...] = ()

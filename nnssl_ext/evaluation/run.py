@@ -129,8 +129,9 @@ def conclude(prepared: Prepared, runs: Sequence[Run], scores: Sequence[CaseScore
     names = analysis.class_names(classes)
     reference_first = sorted(prepared.arms, key=lambda arm: arm is not prepared.reference)
     described = tuple(_describe(arm, prepared.reference) for arm in reference_first)
-    summaries = analysis.summarise(scores, names)
-    comparisons = analysis.compare(scores, prepared.reference.name, names)
+    shared = {arm.name for arm in prepared.arms if arm.per_seed}
+    summaries = analysis.summarise(scores, names, shared)
+    comparisons = analysis.compare(scores, prepared.reference.name, names, shared)
     trends = analysis.judge_convergence(runs)
     evaluation = Evaluation(
         name=prepared.folder.name,

@@ -3,11 +3,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from nnssl_ext.core.executor import InlineExecutor
 from nnssl_ext.core.records import read_json, write_json
 from nnssl_ext.dataset.integrity import content_hash
+from nnssl_ext.evaluation import analysis
 from nnssl_ext.evaluation.preparation import EvaluationSettings, prepare
 from nnssl_ext.evaluation.records import MEAN_CLASS, load_evaluation
 from nnssl_ext.evaluation.run import evaluate
@@ -309,3 +311,64 @@ def test_a_subset_of_folds_is_said_openly(world: SimpleNamespace) -> None:
     evaluation, _ = run(replace(SETTINGS, folds=(1,)))
     assert any("Only 1 of 3 folds" in warning for warning in evaluation.warnings)
     assert evaluation.summary("ptPlans__mae", "all", "dice", MEAN_CLASS).num_cases == len(fakes.splits()[1].val)
+
+
+SEEDED = ("ptPlans__mae__p{seed}", "ptPlans__scratch")
+
+
+def make_seeded(root: Path) -> None:
+    """Plans of one arm with weights of its own for each of two seeds."""
+    for seed in (0, 1):
+        fakes.make_plans(
+            root,
+            f"ptPlans__mae__p{seed}",
+            pretrained_weights=f"ptPlans__mae__p{seed}.pth",
+            pretraining_content_hashes=("f" * 64,),
+            seed=seed,
+        )
+
+
+def test_an_arm_may_have_a_pretraining_for_every_seed(world: SimpleNamespace) -> None:
+    make_seeded(world.root)
+    settings = replace(FULL, plans=SEEDED, labels=("MAE", "scratch"))
+    evaluation, _ = run(settings)
+    assert [(arm.name, arm.label, arm.pretrained_per_seed) for arm in evaluation.arms] == [
+        ("ptPlans__scratch", "scratch", False),
+        ("ptPlans__mae", "MAE", True),
+    ]
+    names = {(r.num_train, r.seed): r.plans_name for r in evaluation.runs if r.arm == "ptPlans__mae"}
+    assert names == {
+        (3, 0): "ptPlans__mae__p0__n3__s0",
+        (3, 1): "ptPlans__mae__p1__n3__s1",
+        ("all", 0): "ptPlans__mae__p0",
+        ("all", 1): "ptPlans__mae__p1",
+    }
+    variant = read_json(world.mae.with_name("ptPlans__mae__p1__n3__s1.json"))
+    assert variant[PLANS_KEY]["pretrained_weights"] == "ptPlans__mae__p1.pth"
+
+
+def test_seeds_that_share_a_pretraining_over_folds_are_the_unit_of_luck(world: SimpleNamespace) -> None:
+    """Fails where a fold counts as an independent draw although its seed's pretraining served all folds."""
+    make_seeded(world.root)
+    evaluation, _ = run(replace(FULL, plans=SEEDED, num_train=(3,)))
+    row = evaluation.comparison("ptPlans__mae", 3, "dice")
+    tables = analysis.tabulate(evaluation.cases, "dice", MEAN_CLASS)
+    differences = tables["ptPlans__mae", 3].values - tables["ptPlans__scratch", 3].values
+    means = differences.mean(axis=1)
+    half = 12.706 * means.std(ddof=1) / np.sqrt(2)  # Student's t for one degree of freedom
+    assert row.undecidable_below == pytest.approx(half, rel=1e-3)
+
+
+def test_a_leak_of_any_seed_is_found(world: SimpleNamespace) -> None:
+    make_seeded(world.root)
+    seen = content_hash(fakes.image_of(world.root, fakes.splits()[0].val[0])[0])
+    fakes.make_plans(
+        world.root, "ptPlans__mae__p1", pretrained_weights="x.pth", pretraining_content_hashes=(seen,), seed=1
+    )
+    with pytest.raises(ValueError, match=r"1 validation cases were in the pretraining set of ptPlans__mae__p1"):
+        run(replace(FULL, plans=SEEDED))
+
+
+def test_labels_and_names_differ_in_number(world: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="1 labels do not name 2 arms"):
+        run(replace(SETTINGS, labels=("MAE",)))
