@@ -1,4 +1,4 @@
-"""The contrastive loss of SimCLR (Chen et al. 2020, arXiv:2002.05709), over the batches of all ranks."""
+"""The contrastive loss of SimCLR (Chen et al. 2020, arXiv:2002.05709), over the batches of all ranks and a queue."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from nnssl_ext.core.ranks import num_ranks, rank
 
 
 def nt_xent(
-    first: torch.Tensor, second: torch.Tensor, temperature: float, cases: torch.Tensor | None = None
+    first: torch.Tensor,
+    second: torch.Tensor,
+    temperature: float,
+    cases: torch.Tensor | None = None,
+    earlier: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised, temperature-scaled cross-entropy: each view has to find its other one among the views of the batch.
 
@@ -25,6 +29,7 @@ def nt_xent(
         second: (B, D), the other one; as many on every rank.
         temperature: Divides the cosines, above 0.
         cases: (B,), int64: samples of the same case are no negatives of each other. None: all are.
+        earlier: Further negatives (Q, D), the same on all ranks, and which are left out (B, Q), bool. None: none.
 
     Returns:
         The loss, 0 or more; and its chance level, the mean logarithm of the number of candidates. Both are 0 where no
@@ -33,15 +38,20 @@ def nt_xent(
     with torch.autocast(first.device.type, enabled=False):
         own = functional.normalize(torch.stack([first, second]).float(), dim=2)
         everyone = gather_rows(own.transpose(0, 1)).transpose(0, 1)  # (2, samples of all ranks, D)
-        logits = own.flatten(0, 1) @ everyone.flatten(0, 1).T / temperature
+        candidates = everyone.flatten(0, 1)
+        if earlier is not None:
+            candidates = torch.cat([candidates, functional.normalize(earlier[0].float(), dim=1)])
+        logits = own.flatten(0, 1) @ candidates.T / temperature
     num, total = first.shape[0], everyone.shape[1]
     index = rank() * num + torch.arange(num, device=first.device)
     itself, positive = torch.cat([index, total + index]), torch.cat([total + index, index])
-    left_out = torch.zeros_like(logits, dtype=torch.bool)
+    left_out = torch.zeros(2 * num, 2 * total, dtype=torch.bool, device=logits.device)
     if cases is not None:
         alike = cases.unsqueeze(1) == gather_rows(cases)
         left_out = alike.repeat(2, 2).scatter(1, positive.unsqueeze(1), False)
     left_out = left_out.scatter(1, itself.unsqueeze(1), True)
+    if earlier is not None:
+        left_out = torch.cat([left_out, earlier[1].repeat(2, 1)], 1)
     loss = functional.cross_entropy(logits.masked_fill(left_out, -math.inf), positive)
     return loss, (~left_out).sum(1).float().log().mean()
 

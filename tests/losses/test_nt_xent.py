@@ -49,6 +49,22 @@ def test_samples_of_one_case_are_no_negatives_of_each_other():
     assert first.grad.abs().sum(1).min() > 0
 
 
+def test_further_negatives_count_but_where_they_are_left_out():
+    """Catches a queue whose lengths count, and one that is left out for one of the two views alone."""
+    (first, second), extra = views(2), 7 * torch.eye(3, 4)
+    left_out = torch.tensor([[True, False, False], [False, True, True]])
+    loss, chance = nt_xent(first, second, TEMPERATURE, None, (extra, left_out))
+    rows, losses, numbers = torch.nn.functional.normalize(torch.cat([first, second]), dim=1), [], []
+    for i in range(4):
+        others = [rows[j] for j in range(4) if j not in (i, (i + 2) % 4)]
+        others += [extra[j] / 7 for j in range(3) if not left_out[i % 2, j]]
+        logits = torch.stack([rows[(i + 2) % 4], *others]) @ rows[i] / TEMPERATURE
+        losses.append(logits.logsumexp(0) - logits[0])
+        numbers.append(math.log(len(logits)))
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert chance.item() == pytest.approx(sum(numbers) / 4)
+
+
 def test_without_negatives_loss_and_chance_are_zero():
     first, second = views(3)
     for args in ((first[:1], second[:1], TEMPERATURE), (first, second, TEMPERATURE, torch.zeros(3, dtype=torch.int64))):

@@ -1,0 +1,185 @@
+"""SimCLR: two views of a crop should look alike to the network, and unlike the views of other cases.
+
+Two overlapping crops of each sample are moved and recoloured on their own; the descriptor of each, through a small
+projector, has to find that of the other among those of all other cases. Batches of volumes hold 2 to 8 cases, which is
+next to nothing to compare with, so a queue remembers what a slow copy of the network made of earlier cases.
+
+Papers: Chen et al. 2020 (arXiv:2002.05709), and He et al. 2020 (arXiv:1911.05722) for the queue. Other than there, what
+the queue or the batch holds of the same case is no negative, the queue is never longer than there are other cases, and
+descriptors are standardised by running moments before the projector, since instance-normalised networks make them
+nearly the same for all images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.core.ranks import num_ranks
+from nnssl_ext.engine.optim import OptimConfig
+from nnssl_ext.engine.schedules import ScheduleConfig
+from nnssl_ext.engine.task import (
+    TRAINERS,
+    VIT_RECIPE,
+    Embeddings,
+    PretextTask,
+    PretrainTrainer,
+    StepOutput,
+    TaskInfo,
+    Views,
+)
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.losses.nt_xent import nt_xent
+from nnssl_ext.models.backbone import build_encoder, descriptor, export_network
+from nnssl_ext.models.ema import Teacher
+from nnssl_ext.models.perceptron import perceptron
+from nnssl_ext.models.queue import EMPTY, FeatureQueue, all_rows, case_keys
+from nnssl_ext.models.standardise import Standardise
+from nnssl_ext.planners.plan import Configuration
+from nnssl_ext.planners.rules import StepCost
+from nnssl_ext.views.multicrop import MEASURED, MultiCropConfig, multi_crop, view_sizes
+from nnssl_ext.views.sham import of_another_case
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimCLRConfig:
+    """Settings of SimCLR."""
+
+    crops: MultiCropConfig = field(default_factory=lambda: MultiCropConfig(num_locals=0))
+    """Which two views are compared; there are no local ones."""
+    temperature: float = 0.5
+    """Divides the cosines, above 0. Chen et al. 2020."""
+    hidden_width: int = 512
+    """Of the projector's two hidden layers, 1 or more."""
+    width: int = 128
+    """Of the projections that are compared, 1 or more. Chen et al. 2020."""
+    queue: int = 512
+    """Cases of earlier steps that are negatives too, 0 or more; never more than there are outside a batch."""
+    queue_momentum: float = 0.99
+    """Of the slow copy that fills the queue, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        if self.crops.num_locals:
+            raise ValueError(f"crops.num_locals={self.crops.num_locals} must be 0: two global views are compared.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0.")
+        for name in ("hidden_width", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if self.queue < 0:
+            raise ValueError(f"queue={self.queue} must be 0 or more.")
+        if not 0 <= self.queue_momentum < 1:
+            raise ValueError(f"queue_momentum={self.queue_momentum} must lie in [0, 1): at 1 the copy never moves.")
+
+
+class SimCLR(PretextTask):
+    """Finds the other view of a crop among those of other cases; see the module."""
+
+    Config = SimCLRConfig
+    info = TaskInfo(
+        idea="find the other view of a crop among views of other cases, here and in a queue",
+        paper="arXiv:2002.05709",
+        choose="where one descriptor per scan is the aim and there are hundreds of cases: it learns from telling them "
+        "apart. It pretrains no decoder.",
+        encoders={"cnn", "vit"},
+    )
+    config: SimCLRConfig
+
+    def __init__(self, config: SimCLRConfig, configuration: Configuration, num_cases: int) -> None:
+        """Builds encoder, projector, queue, and the slow copy that fills it.
+
+        Raises:
+            ValueError: Where views do not fit the network, or a view has nothing to be told from.
+        """
+        super().__init__(config, configuration, num_cases)
+        self.encoder = build_encoder(configuration)
+        self.parent_scale = config.crops.parent_scale
+        self.size, _ = view_sizes(config.crops, configuration.patch_size, self.encoder.strides[-1])
+        volumes = configuration.batch_size * num_ranks()
+        length = max(0, min(config.queue, num_cases - volumes))
+        if volumes + length < 2:
+            raise ValueError(
+                f"a batch of {volumes} with a queue of {length} has no other case to tell a view's partner from: use a "
+                "-batch_size of 2 or more"
+            )
+        width = self.encoder.channels[-1]
+        self.standard, self.teacher_standard = Standardise(width), Standardise(width)
+        self.projector = perceptron([width, config.hidden_width, config.hidden_width, config.width])
+        self.queue = FeatureQueue(length, config.width)
+        self.teacher = Teacher(encoder=self.encoder, projector=self.projector)
+
+    def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
+        """Two crops of each sample; only in training they are moved and recoloured.
+
+        Returns:
+            `first` and `second` (B, C, *size); `case` (B,), a number for each case; `partner` (B,), which second view
+            belongs to each first one.
+        """
+        measured = MEASURED in self.configuration.normalization_schemes
+        sizes = (self.size, self.size)
+        (first, second), _ = multi_crop(batch, random, self.config.crops, sizes, augment=train, measured=measured)
+        return {
+            "first": first.data,
+            "second": second.data,
+            "case": case_keys(batch.cases, batch.data.device),
+            "partner": torch.arange(len(batch.data), device=batch.data.device),
+        }
+
+    def forward(self, views: Views) -> StepOutput:
+        """The contrast beside the logarithm of the number of candidates, which it is at chance."""
+        case, partner = views["case"], views["partner"]
+        ours = descriptor(self.encoder(torch.cat([views["first"], views["second"]])))
+        with torch.autocast(ours.device.type, enabled=False):
+            first, second = self.projector(self.standard(ours)).chunk(2)
+        keys = self.queue.keys
+        left_out = (keys == EMPTY) | (keys == case[:, None]) | (keys == case[partner, None])
+        earlier = (self.queue.rows, left_out)
+        loss, chance = nt_xent(first, second[partner], self.config.temperature, case, earlier)
+        if self.training:
+            self.standard.collect(ours)
+            self._remember(views["first"], case)
+        return StepOutput(
+            loss=loss,
+            metrics={"contrast": loss.detach(), "contrast_chance": chance},
+            images=None if self.training else {name: views[name] for name in ("first", "second")},
+            embeddings=Embeddings(first=first.detach(), second=second.detach()),
+        )
+
+    @torch.no_grad()
+    def _remember(self, images: torch.Tensor, case: torch.Tensor) -> None:
+        """Puts what the slow copy makes of one view of each case of all ranks into the queue."""
+        if not len(self.queue.keys):
+            return
+        theirs = descriptor(self.teacher.encoder(images))
+        self.teacher_standard.collect(theirs)
+        with torch.autocast(theirs.device.type, enabled=False):
+            rows = self.teacher.projector(self.teacher_standard(theirs))
+        self.queue.push(all_rows(rows), all_rows(case))
+
+    def after_step(self, step: int, total: int) -> None:
+        """Takes up the moments of the descriptors, and moves the slow copy."""
+        self.standard.update()
+        self.teacher_standard.update()
+        self.teacher.follow(self.config.queue_momentum, encoder=self.encoder, projector=self.projector)
+
+    def sham(self, views: Views, random: SampleRandom) -> Views:
+        """The view to find is another case's; see `PretextTask.sham`."""
+        return {**views, "partner": of_another_case(views["partner"])}
+
+    def export_network(self) -> nn.Module:
+        """The encoder with a fresh decoder; see `PretextTask`."""
+        return export_network(self.configuration, self.encoder)
+
+
+@TRAINERS.register
+class SimCLRTrainer(PretrainTrainer):
+    """SimCLR with AdamW at 1e-3, warm-up and a cosine; on a transformer as masked autoencoders are trained here."""
+
+    task = SimCLR
+    cost = StepCost(views=2, copies=2, decoder=False)
+    optim = OptimConfig(name="adamw", lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.999), clip=1.0, decay_vectors=False)
+    schedule = ScheduleConfig(name="cosine", warmup_steps=1500)
+    vit = VIT_RECIPE
