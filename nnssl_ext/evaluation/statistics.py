@@ -81,29 +81,49 @@ def bootstrap_interval(
         The interval, or None with fewer than two cases.
     """
     known = np.isfinite(scores).any(axis=0)
-    scores, fold_of = scores[:, known], np.asarray(folds)[known]
-    num_cases = scores.shape[1]
-    if num_cases < 2:
+    if known.sum() < 2:
         return None
-    means = np.empty(num_resamples)
-    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
-        size = min(_RESAMPLES_AT_ONCE, num_resamples - start)
-        weights = random.multinomial(num_cases, np.full(num_cases, 1 / num_cases), size).astype(float)
-        per_case = np.empty((size, num_cases))
-        for fold in np.unique(fold_of):
-            per_case[:, fold_of == fold] = _resampled_seeds(scores[:, fold_of == fold], random, size)
-        weights *= np.isfinite(per_case)
-        totals = (weights * np.nan_to_num(per_case)).sum(axis=1)
-        norm = weights.sum(axis=1)
-        means[start : start + size] = np.divide(totals, norm, out=np.full(size, np.nan), where=norm > 0)
+    return percentiles(bootstrap_means(scores[None, :, known], np.asarray(folds)[known], random, num_resamples)[:, 0])
+
+
+def percentiles(means: Array) -> Interval:
+    """The interval that holds the share `CONFIDENCE` of the resampled means, as much beneath it as above."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means[np.isfinite(means)], [tail, 1 - tail])
     return Interval(float(low), float(high))
 
 
+def bootstrap_means(
+    scores: Array, folds: Sequence[int] | NDArray[np.int_], random: np.random.Generator, num_resamples: int
+) -> Array:
+    """Means of several arms over the same drawn seeds and cases; see `bootstrap_interval`.
+
+    Args:
+        scores: (arms, seeds, cases), NaN where undefined.
+        folds: Fold in which each case was validated, (cases,).
+        random: Source of the draws.
+        num_resamples: Number of resamples.
+
+    Returns:
+        (resamples, arms), NaN where nothing that is defined was drawn.
+    """
+    fold_of, (num_arms, _, num_cases) = np.asarray(folds), scores.shape
+    means = np.empty((num_resamples, num_arms))
+    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
+        size = min(_RESAMPLES_AT_ONCE, num_resamples - start)
+        weights = random.multinomial(num_cases, np.full(num_cases, 1 / num_cases), size).astype(float)
+        per_case = np.empty((num_arms, size, num_cases))
+        for fold in np.unique(fold_of):
+            per_case[:, :, fold_of == fold] = _resampled_seeds(scores[:, :, fold_of == fold], random, size)
+        drawn = weights * np.isfinite(per_case)
+        totals, norm = (drawn * np.nan_to_num(per_case)).sum(axis=2), drawn.sum(axis=2)
+        means[start : start + size] = np.divide(totals, norm, out=np.full(norm.shape, np.nan), where=norm > 0).T
+    return means
+
+
 def _resampled_seeds(scores: Array, random: np.random.Generator, size: int) -> Array:
-    """Each case's mean over drawn seeds: (seeds, cases) to (size, cases), NaN where none is defined."""
-    num_seeds = scores.shape[0]
+    """Each case's mean over drawn seeds: (arms, seeds, cases) to (arms, size, cases), NaN where none is defined."""
+    num_seeds = scores.shape[1]
     weights = random.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size).astype(float)
     defined = np.isfinite(scores)
     totals = weights @ np.where(defined, scores, 0.0)
