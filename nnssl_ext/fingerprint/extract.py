@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_ext.core.executor import Executor
-from nnssl_ext.core.logs import track
+from nnssl_ext.core.logs import Speed, track
 from nnssl_ext.dataset.integrity import USABLE_KINDS, Problem, duplicate_problems, find_odd_dimensions, read_checked
 from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.fingerprint.foreground import FOREGROUND_RULE, foreground_mask, nonzero_box
@@ -104,8 +104,10 @@ def _describe_all(manifest: Manifest, journal: Path, executor: Executor) -> dict
     if results:
         logger.info("%d of %d cases are described already in %s", len(results), len(manifest.cases), journal)
     tasks = {case.case_id: (case, num_channels, values) for case in manifest.cases if case.case_id not in results}
+    speed = Speed()
     with journal.open("a", encoding="utf-8") as file:
-        for outcome in track(executor.run(describe_case, tasks), len(tasks), "fingerprint"):
+        for outcome in track(executor.run(describe_case, tasks), len(tasks), "fingerprint", speed):
+            speed.add()
             if outcome.error is None:
                 results[outcome.key] = outcome.value
                 append_result(file, outcome.value)

@@ -64,6 +64,21 @@ class IndexEntry:
     """Share of the stored volume that was altered to make the subject unrecognisable, 0 to 1; the file holds where."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a case comes from; the fields are those of its `IndexEntry`."""
+
+    subject: str | None = None
+    """None where nobody knows: the case then counts as a subject of its own."""
+    dataset: str = ""
+    modalities: tuple[str, ...] = ()
+    content_hashes: tuple[str, ...] = ()
+    source: tuple[str, ...] = ()
+    session: str = ""
+    grid: str = ""
+    origin: tuple[float, ...] = (0.0, 0.0, 0.0)
+
+
 _COLUMNS = tuple(column.name for column in fields(IndexEntry))
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nnssl_ext.core.executor import Executor
-from nnssl_ext.core.logs import track
+from nnssl_ext.core.logs import Speed, track
 from nnssl_ext.core.paths import find_dataset, find_dataset_name, preprocessed_root, raw_root
 from nnssl_ext.dataset.integrity import content_hash
 from nnssl_ext.dataset.manifest import Case, Manifest
@@ -31,6 +29,7 @@ from nnssl_ext.preprocessing.index import (
     Index,
     IndexEntry,
     Journal,
+    Provenance,
     read_index,
     read_journal,
     write_index,
@@ -61,12 +60,22 @@ def preprocess_case(
         check_device(device)
     source = source_stamp(case)
     image, geometry = read_image(case.images)
-    hashes, grid = [content_hash(channel) for channel in image], grid_code(image.shape[1:], geometry)
+    hashes, grid = tuple(map(content_hash, image)), grid_code(image.shape[1:], geometry)
     try:
         mask = case.anonymization_mask
         altered = None if mask is None else read_segmentation_of(mask, image.shape[1:], geometry) != 0
         result = preprocess_array(image, geometry.spacing, plan, configuration, device, altered)
         del image  # the raw and the finished volume are not needed together
+        provenance = Provenance(
+            subject=case.subject,
+            dataset=case.dataset,
+            modalities=tuple(case.modalities),
+            content_hashes=hashes,
+            source=source,
+            session=case.session,
+            grid=grid,
+            origin=_origin(result.properties, geometry, configuration),
+        )
         return write_case(
             folder,
             case.case_id,
@@ -74,14 +83,7 @@ def preprocess_case(
             {**geometry.to_nnunet_properties(), **result.properties},
             result.foreground,
             spacing=result.spacing,
-            subject=case.subject,
-            dataset=case.dataset,
-            modalities=case.modalities,
-            content_hashes=hashes,
-            source=source,
-            session=case.session,
-            grid=grid,
-            origin=_origin(result.properties, geometry, configuration),
+            provenance=provenance,
             altered=result.altered,
             dtype=dtype,
         )
@@ -211,23 +213,20 @@ def _run(
 ) -> dict[str, str]:
     """Runs the cases, adds what was made to `done`, and returns the reasons of those that failed."""
     failed: dict[str, str] = {}
-    voxels, start = 0, time.perf_counter()
+    speed = Speed()
     with Journal(folder, settings, done.values()) as journal:
-        for result in track(executor.run(preprocess_case, todo), len(todo), f"preprocessing {folder.name}"):
+        for result in track(executor.run(preprocess_case, todo), len(todo), f"preprocessing {folder.name}", speed):
             if result.error is None:
                 done[result.key] = result.value
                 journal.add(result.value)
-                voxels += int(np.prod(result.value.shape))
+                speed.add(math.prod(result.value.shape))
             elif result.error.startswith(StorageFullError.__name__):
                 raise StorageFullError(result.error)
             else:
                 failed[result.key] = result.error
                 logger.warning("%s failed: %s", result.key, result.error)
-    seconds = time.perf_counter() - start
-    made = len(todo) - len(failed)
-    if made:
-        rate = f"{made / seconds:.2f} cases and {voxels / seconds / 1e6:.2f} million voxels a second"
-        logger.info("%s: %d cases in %.1f s, %s", folder.name, made, seconds, rate)
+    if len(todo) > len(failed):
+        logger.info("%s: %d cases done, %s", folder.name, len(todo) - len(failed), speed)
     return failed
 
 

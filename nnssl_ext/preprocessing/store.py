@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from nnssl_ext.core.records import atomic_path, file_hash
 from nnssl_ext.preprocessing.errors import CorruptCaseError, full_disk_named
-from nnssl_ext.preprocessing.index import IndexEntry, read_index
+from nnssl_ext.preprocessing.index import IndexEntry, Provenance, read_index
 from nnssl_ext.preprocessing.layout import StorageType, block_shape, chunk_shape, occupancy_grid, to_storage
 
 SUFFIX = ".b2nd"
@@ -38,14 +38,7 @@ def write_case(
     foreground: npt.NDArray[np.bool_],
     *,
     spacing: Sequence[float],
-    subject: str | None = None,
-    dataset: str = "",
-    modalities: Sequence[str] = (),
-    content_hashes: Sequence[str] = (),
-    source: Sequence[str] = (),
-    session: str = "",
-    grid: str = "",
-    origin: Sequence[float] = (0.0, 0.0, 0.0),
+    provenance: Provenance = Provenance(),  # noqa: B008 - frozen
     altered: npt.NDArray[np.bool_] | None = None,
     dtype: StorageType = "float16",
 ) -> IndexEntry:
@@ -58,14 +51,7 @@ def write_case(
         properties: JSON builtins that describe the case, as nnU-Net's preprocessor leaves them.
         foreground: (Z, Y, X), where there is something to see.
         spacing: In mm, (Z, Y, X), of the stored array.
-        subject: Whom the case shows; the case itself where nobody knows.
-        dataset: Its dataset within a collection.
-        modalities: One name per channel.
-        content_hashes: Of the raw voxels, one per channel.
-        source: Size and time of the raw files.
-        session: Visit of the subject.
-        grid: Code of the raw image's voxel grid.
-        origin: Where the stored volume begins within the raw image, in mm, (Z, Y, X).
+        provenance: Where the case comes from.
         altered: (Z, Y, X), what was altered to make the subject unrecognisable; None: nothing.
         dtype: Type on disk.
 
@@ -87,18 +73,11 @@ def write_case(
         case_id=case_id,
         shape=tuple(int(size) for size in array.shape),
         spacing=tuple(float(edge) for edge in spacing),
-        subject=case_id if subject is None else subject,
-        dataset=dataset,
-        modalities=tuple(modalities),
         checksum=hashlib.sha256(frame).hexdigest(),
         num_bytes=len(frame),
         foreground_fraction=float(foreground.mean()),
-        content_hashes=tuple(content_hashes),
-        source=tuple(source),
-        session=session,
-        grid=grid,
-        origin=tuple(float(edge) for edge in origin),
         altered_fraction=0.0 if hidden is None else float(hidden.mean()),
+        **{**vars(provenance), "subject": case_id if provenance.subject is None else provenance.subject},
     )
 
 

@@ -10,7 +10,7 @@ from nnssl_ext.core.random import generator
 from nnssl_ext.engine.run import RunSettings, RunSpec
 from nnssl_ext.engine.tracking import Tracker
 from nnssl_ext.planners.plan import Plan
-from nnssl_ext.preprocessing.index import Index, write_index
+from nnssl_ext.preprocessing.index import Index, Provenance, write_index
 from nnssl_ext.preprocessing.store import write_case
 from nnssl_ext.trainers.mae import MAETrainer
 
@@ -34,8 +34,7 @@ def write_store(folder: Path, num_cases: int, cases_per_subject: int = 1, channe
             {},
             foreground,
             spacing=(1.0, 1.0, 1.0),
-            subject=f"patient_{number // cases_per_subject}",
-            content_hashes=[f"{number:064x}"],
+            provenance=Provenance(subject=f"patient_{number // cases_per_subject}", content_hashes=(f"{number:064x}",)),
         )
     write_index(folder, Index(settings={}, entries=entries))
 

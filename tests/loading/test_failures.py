@@ -11,6 +11,7 @@ import pytest
 from nnssl_ext.loading.failures import FailedCases
 from nnssl_ext.loading.loader import PatchLoader
 from nnssl_ext.loading.needs import DataNeeds
+from nnssl_ext.preprocessing.index import Provenance
 from nnssl_ext.preprocessing.store import CorruptCaseError, Store, write_case
 from tests.loading.test_loader import same
 
@@ -33,7 +34,8 @@ def make_damaged(tmp_path: Path) -> MakeDamaged:
         for number in range(num_cases):
             data, inside = np.full((1, *SHAPE), number, np.float32), np.ones(SHAPE, bool)
             name = f"c{number:03d}"
-            entries[name] = write_case(tmp_path, name, data, {}, inside, spacing=(1, 1, 1), dataset="AB"[number % 2])
+            provenance = Provenance(dataset="AB"[number % 2])
+            entries[name] = write_case(tmp_path, name, data, {}, inside, spacing=(1, 1, 1), provenance=provenance)
         store = Store(tmp_path, entries)
         damage(store, *damaged)
         return store

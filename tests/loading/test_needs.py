@@ -18,7 +18,7 @@ from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
 from nnssl_ext.loading.loader import PatchLoader
 from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.planners.plan import Plan
-from nnssl_ext.preprocessing.index import Index, write_index
+from nnssl_ext.preprocessing.index import Index, Provenance, write_index
 from nnssl_ext.preprocessing.run import preprocess_case
 from nnssl_ext.preprocessing.store import Store, write_case
 
@@ -89,8 +89,9 @@ def test_images_of_a_session_are_cropped_at_the_same_place(make_store) -> None:
         z, y, x = (axis + start for axis, start in zip(np.indices(shape), corner, strict=True))
         data = (1 + z * 400 + y * 20 + x).astype(np.float32)[None]
         origin = (2.0 * corner[0], 1.0 * corner[1], 1.0 * corner[2])
-        common = {"spacing": (2.0, 1.0, 1.0), "dtype": "float32", "subject": "s", "session": "1", "grid": "g"}
-        store.entries[name] = write_case(store.folder, name, data, {}, data[0] > 0, origin=origin, **common)
+        provenance = Provenance(subject="s", session="1", grid="g", origin=origin)
+        common = {"spacing": (2.0, 1.0, 1.0), "dtype": "float32", "provenance": provenance}
+        store.entries[name] = write_case(store.folder, name, data, {}, data[0] > 0, **common)
     needs = DataNeeds(images=2, same="session")
     loader = PatchLoader(store, list(store.entries), PATCH, 1, seed=3, needs=needs)
     assert loader.case_ids == ("case_0", "case_1")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from skimage.io import imsave
 from nnssl_ext.core.executor import make_executor
 from nnssl_ext.dataset.integrity import Problem
 from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
+from nnssl_ext.fingerprint.extract import extract_fingerprint
 from nnssl_ext.fingerprint.record import Fingerprint
 from nnssl_ext.planners.plan import Plan
 from nnssl_ext.preprocessing.index import JOURNAL_FILE, read_index
@@ -88,6 +90,24 @@ def test_opened_again_the_store_is_the_same_and_nothing_is_done_twice(
     assert Store.open(folder).entries == first.entries == run(manifest, plan, folder).entries
     assert times(folder) == before
     assert sorted(path.name for path in folder.iterdir()) == [*(f"case_{i}.b2nd" for i in range(4)), "nnssl_index.json"]
+
+
+def test_speed_is_shown_while_the_work_goes_on(
+    make_dataset: MakeDataset,
+    make_plan: MakePlan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Planted fault: counting what is done without showing it, and only logging it at the end."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    manifest = make_dataset()
+    run(manifest, make_plan(), tmp_path / "store")
+    assert re.search(r"\d cases/s, \d+\.\d\d Mvoxels/s", capsys.readouterr().err)
+    with make_executor(0) as executor:
+        extract_fingerprint(manifest, tmp_path, executor)
+    assert re.search(r"\d cases/s", capsys.readouterr().err)
 
 
 def test_only_what_is_missing_altered_or_new_is_made(

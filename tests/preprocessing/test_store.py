@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from nnssl_ext.preprocessing.errors import CorruptCaseError
-from nnssl_ext.preprocessing.index import Index, IndexEntry, Journal, read_index, read_journal, write_index
+from nnssl_ext.preprocessing.index import (
+    Index,
+    IndexEntry,
+    Journal,
+    Provenance,
+    read_index,
+    read_journal,
+    write_index,
+)
 from nnssl_ext.preprocessing.layout import BLOCK_VOXELS, MAX_CELLS, block_shape, occupancy_grid, to_storage
 from nnssl_ext.preprocessing.store import Store, write_case
 
@@ -35,7 +43,8 @@ def store_of(folder: Path, *entries: IndexEntry) -> Store:
 
 
 def test_a_case_comes_back(tmp_path: Path, data: np.ndarray) -> None:
-    entry = write(tmp_path, data, subject="s1", dataset="d", modalities=["T1", "T2"], content_hashes=["a", "b"])
+    provenance = Provenance(subject="s1", dataset="d", modalities=("T1", "T2"), content_hashes=("a", "b"))
+    entry = write(tmp_path, data, provenance=provenance)
     store = store_of(tmp_path, entry)
     assert store.entries == {"case": entry}
     assert (entry.shape, entry.spacing, entry.subject, entry.modalities) == (SHAPE, (2, 1, 1), "s1", ("T1", "T2"))
@@ -204,9 +213,8 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path) -> None
 def test_an_index_of_100000_cases_is_ready_within_5_seconds_and_opens_no_file(
     tmp_path: Path, data: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = write(
-        tmp_path, data, modalities=["T1", "T2"], content_hashes=["a" * 64] * 2, source=["1234567:1234567890"] * 2
-    )
+    hashes, source = ("a" * 64,) * 2, ("1234567:1234567890",) * 2
+    entry = write(tmp_path, data, provenance=Provenance(modalities=("T1", "T2"), content_hashes=hashes, source=source))
     names = [f"sub-{number:06d}_ses-1_T1w" for number in range(100_000)]
     write_index(tmp_path, Index(settings={}, entries={name: replace(entry, case_id=name) for name in names}))
     monkeypatch.setattr(blosc2, "open", lambda *args, **kwargs: pytest.fail("a case was opened"))
