@@ -123,15 +123,15 @@ def _unfair(reference: Arm, mean: float, rising: bool) -> str:
 def _judge_arm(
     arm: Arm, reference: Arm, sizes: Sequence[SizeVerdict], rows: Sequence[Comparison], num_seeds: int
 ) -> Verdict:
-    outcomes: dict[Outcome, list[Comparison]] = {}
+    groups: dict[str, list[Comparison]] = {}
     for size, row in zip(sizes, rows, strict=True):
-        outcomes.setdefault(size.outcome, []).append(row)
-    parts = [_clause(outcome, outcomes[outcome]) for outcome in _ORDER if outcome in outcomes]
+        groups.setdefault(_finding(size.outcome, row), []).append(row)
+    parts = [_clause(finding, groups[finding]) for finding in _CLAUSES if finding in groups]
     subject = "Pretraining" if arm.pretrained and not reference.pretrained else arm.label
-    overall = next(outcome for outcome in _ORDER if outcome in outcomes)
+    outcomes = {size.outcome for size in sizes}
     return Verdict(
         arm=arm.name,
-        outcome=overall,
+        outcome=next(outcome for outcome in _ORDER if outcome in outcomes),
         headline=f"{subject} {'; '.join(parts)}.",
         sizes=tuple(sizes),
         certainty=certainty(rows, num_seeds),
@@ -141,17 +141,30 @@ def _judge_arm(
 _ORDER: tuple[Outcome, ...] = ("unfair", "helped", "hurt", "undecided")
 
 
-def _clause(outcome: Outcome, rows: Sequence[Comparison]) -> str:
-    sizes = " and ".join(str(row.num_train) for row in rows)
+_CLAUSES = {
+    "unfair": "looks better {where}, but the baseline had not finished learning",
+    "helped": "helped {where}",
+    "hurt": "hurt {where}",
+    "higher": "came out ahead {where}, which may be luck",
+    "lower": "came out behind {where}, which may be luck",
+    "undecided": "made no difference that this evaluation can show {where}",
+}
+"""Words of the headline, in its order. `higher` and `lower` are undecided, although the interval excludes zero."""
+
+
+def _finding(outcome: Outcome, row: Comparison) -> str:
+    if outcome != "undecided" or row.interval is None or not row.interval.excludes_zero():
+        return outcome
+    return "higher" if row.interval.low > 0 else "lower"
+
+
+def _clause(finding: str, rows: Sequence[Comparison]) -> str:
+    *others, last = [str(row.num_train) for row in rows]
+    sizes = f"{', '.join(others)} and {last}" if others else last
     noun = "case" if [row.num_train for row in rows] == [1] else "cases"
     known = ", ".join(f"{row.difference:+.3f}" for row in rows if row.difference is not None)
     where = f"with {sizes} training {noun}" + (f" ({known} Dice)" if known else "")
-    return {
-        "helped": f"helped {where}",
-        "hurt": f"hurt {where}",
-        "undecided": f"made no difference that this evaluation can show {where}",
-        "unfair": f"looks better {where}, but the baseline had not finished learning",
-    }[outcome]
+    return _CLAUSES[finding].format(where=where)
 
 
 def certainty(rows: Sequence[Comparison], num_seeds: int) -> str:

@@ -65,11 +65,8 @@ def test_a_clear_loss() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"p_holm": 0.06}, "not enough to call it a difference"),
         ({"interval": Interval(-0.01, 0.13)}, "not enough to call it a difference"),
         ({"interval": None}, "not enough to call it a difference"),
-        ({"undecidable_below": 0.07}, "within the luck of the trainings"),
-        ({"undecidable_below": None}, "run more folds or seeds"),
     ],
 )
 def test_what_is_not_enough(change: dict, reason: str) -> None:
@@ -77,6 +74,25 @@ def test_what_is_not_enough(change: dict, reason: str) -> None:
     assert found.outcome == "undecided"
     assert reason in found.sizes[0].sentence
     assert "made no difference that this evaluation can show" in found.headline
+
+
+LOSS = {"difference": -0.06, "interval": Interval(-0.09, -0.03)}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [
+        ({"p_holm": 0.06}, "not enough to call it a difference", "ahead with 5 training cases (+0.060 Dice)"),
+        ({"undecidable_below": 0.07}, "within the luck of the trainings", "ahead with 5 training cases (+0.060 Dice)"),
+        (LOSS | {"undecidable_below": None}, "more folds or seeds", "behind with 5 training cases (-0.060 Dice)"),
+    ],
+)
+def test_a_difference_that_may_be_luck_is_not_called_none(change: dict, reason: str, words: str) -> None:
+    """Catches a headline that says \"no difference\" over a difference whose interval excludes zero."""
+    found = verdict(replace(CLEAR, **change))
+    assert found.outcome == "undecided"
+    assert reason in found.sizes[0].sentence
+    assert found.headline == f"Pretraining came out {words}, which may be luck."
 
 
 def test_a_gain_over_a_baseline_that_was_still_rising_is_not_called_one() -> None:
@@ -98,13 +114,14 @@ def test_a_loss_against_a_rising_baseline_stays_a_loss() -> None:
 
 
 def test_several_sizes_share_a_headline() -> None:
-    sizes = [CLEAR, replace(CLEAR, num_train=20), replace(CLEAR, num_train="all", difference=0.001, p_holm=0.9)]
-    summaries = [summary(arm, 0.7, size) for arm in "sm" for size in (5, 20, "all")]
+    nothing = replace(CLEAR, num_train="all", difference=0.001, interval=Interval(-0.01, 0.01), p_holm=0.9)
+    sizes = [replace(CLEAR, num_train=2), CLEAR, replace(CLEAR, num_train=20), nothing]
+    summaries = [summary(arm, 0.7, size) for arm in "sm" for size in (2, 5, 20, "all")]
     (found,) = decide([SCRATCH, MAE], summaries, sizes, [], 3)
     assert found.outcome == "helped"
     assert found.headline == (
-        "Pretraining helped with 5 and 20 training cases (+0.060, +0.060 Dice); made no difference that this "
-        "evaluation can show with all training cases (+0.001 Dice)."
+        "Pretraining helped with 2, 5 and 20 training cases (+0.060, +0.060, +0.060 Dice); made no difference that "
+        "this evaluation can show with all training cases (+0.001 Dice)."
     )
 
 
