@@ -11,7 +11,19 @@ from nnssl_ext.evaluation.analysis import tabulate
 from nnssl_ext.evaluation.convergence import tail_length
 from nnssl_ext.evaluation.records import MEAN_CLASS, Arm, Evaluation, NumTrain
 from nnssl_ext.evaluation.statistics import mean_over_seeds
-from nnssl_ext.reports.style import GRID, INK, MUTED, PAGE_WIDTH, Picture, arm_colours, drawing, encode, grid_of_axes
+from nnssl_ext.evaluation.verdict import size_text
+from nnssl_ext.reports.style import (
+    GRID,
+    INK,
+    MUTED,
+    PAGE_WIDTH,
+    Picture,
+    arm_colours,
+    drawing,
+    encode,
+    grid_of_axes,
+    integer_ticks,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +36,6 @@ _PANEL = PAGE_WIDTH / 3
 """Width of one panel, in inches."""
 _MAX_PANELS = 3
 _NUM_TICKS = 5
-
-
-def size_label(size: NumTrain) -> str:
-    """`5` or `all`, as a tick label."""
-    return str(size)
 
 
 def _width(sizes: Sequence[NumTrain]) -> float:
@@ -57,7 +64,7 @@ def data_efficiency(evaluation: Evaluation, metric: str = "dice") -> Picture:
         for index, arm in enumerate(evaluation.arms):
             offset = (index - (len(evaluation.arms) - 1) / 2) * _SPREAD
             _efficiency_line(axes, evaluation, arm, metric, offset, colours[arm.name])
-        axes.set_xticks(range(len(sizes)), [size_label(size) for size in sizes])
+        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.set_xlim(-0.5, len(sizes) - 0.5)
         axes.set_xlabel("training cases per fold")
         axes.set_ylabel(f"mean foreground {metric_label(metric)}")
@@ -103,7 +110,7 @@ def fold_spread(evaluation: Evaluation, metric: str = "dice") -> Picture:
                 axes.scatter([x] * len(folds), folds, s=22, color=colours[arm.name], alpha=0.75, linewidths=0)
                 axes.plot([x - 0.06, x + 0.06], [row.mean] * 2, color=colours[arm.name], lw=2.4)
             axes.scatter([], [], s=22, color=colours[arm.name], label=arm.label)
-        axes.set_xticks(range(len(evaluation.num_train)), [size_label(size) for size in evaluation.num_train])
+        axes.set_xticks(range(len(evaluation.num_train)), [str(size) for size in evaluation.num_train])
         axes.set_xlim(-0.5, len(evaluation.num_train) - 0.5)
         axes.set_xlabel("training cases per fold")
         axes.set_ylabel(f"mean {metric_label(metric)} of a fold")
@@ -130,9 +137,10 @@ def paired_cases(evaluation: Evaluation, arm: str, sizes: Sequence[NumTrain], me
             known = np.isfinite(base) & np.isfinite(own)
             _scatter(scatter, base[known], own[known], colour)
             _differences(bars, own[known] - base[known], colour)
-            scatter.set_title(f"{size_label(size)} training cases")
+            scatter.set_title(size_text(size))
             scatter.set_xlabel(f"{reference.label}, {metric_label(metric)}")
             bars.set_xlabel("cases, sorted")
+        _share_height([bars for _, bars in pairs])
         pairs[0][0].set_ylabel(f"{evaluation.arm(arm).label}, {metric_label(metric)}")
         pairs[0][1].set_ylabel("difference")
         return encode(figure)
@@ -173,12 +181,22 @@ def learning_curves(evaluation: Evaluation, sizes: Sequence[NumTrain]) -> Pictur
                 runs = [run for run in evaluation.runs if (run.arm, run.num_train) == (arm.name, size)]
                 _curve(dice, [run.curve.dice for run in runs], colours[arm.name], arm.label)
                 _curve(loss, [run.curve.val_loss for run in runs], colours[arm.name], arm.label)
-            dice.set_title(f"{size_label(size)} training cases")
-            loss.set_xlabel("epoch")
+            dice.set_title(size_text(size))
+            for axes in (dice, loss) if len(sizes) == 1 else (loss,):
+                axes.set_xlabel("epoch")
+        for panels in zip(*pairs, strict=True):
+            _share_height(panels)
         pairs[0][0].set_ylabel("validation Dice (patches)")
         pairs[0][1].set_ylabel("validation loss")
         pairs[-1][0].legend(loc="lower right")
         return encode(figure)
+
+
+def _share_height(panels: Sequence[Axes]) -> None:
+    """Gives panels that stand beside one another the same vertical axis, so that they can be compared."""
+    limits = [panel.get_ylim() for panel in panels]
+    for panel in panels:
+        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
 
 def _curve(axes: Axes, curves: Sequence[Sequence[float | None]], colour: str, label: str) -> None:
@@ -193,6 +211,7 @@ def _curve(axes: Axes, curves: Sequence[Sequence[float | None]], colour: str, la
 
 def _mark_tail(axes: Axes, num_epochs: int) -> None:
     if num_epochs:
+        integer_ticks(axes)
         start = max(0, num_epochs - tail_length(num_epochs))
         axes.axvspan(start + 1, num_epochs, color=GRID, alpha=0.5, lw=0, zorder=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,13 @@ def render(evaluation: Evaluation) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["minus"] = minus
     return environment.get_template(TEMPLATE).render(context(evaluation))
+
+
+def minus(text: str) -> str:
+    """A sentence of the verdict with true minus signs in front of its numbers, as the tables have them."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "\u2212", text)
 
 
 def context(evaluation: Evaluation) -> dict[str, Any]:
@@ -66,7 +73,7 @@ def context(evaluation: Evaluation) -> dict[str, Any]:
         "verdicts": [(verdict, tables.cards(evaluation, verdict)) for verdict in evaluation.verdicts],
         "efficiency": figures.data_efficiency(evaluation),
         "scores": [(metric, figures.metric_label(metric), tables.scores(evaluation, metric)) for metric in METRICS],
-        "fold_spread": figures.fold_spread(evaluation),
+        "fold_spread": figures.fold_spread(evaluation) if len(evaluation.folds) > 1 else None,
         "folds": tables.folds(evaluation),
         "paired": [
             (arm, [figures.paired_cases(evaluation, arm.name, row) for row in figures.rows_of(sizes)])

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.engine.tracking import read_records
-from nnssl_ext.reports.style import ARM_COLOURS, MUTED, PAGE_WIDTH, Picture, data_uri, drawing, encode, grid_of_axes
+from nnssl_ext.reports.style import (
+    ARM_COLOURS,
+    MUTED,
+    PAGE_WIDTH,
+    Picture,
+    data_uri,
+    drawing,
+    encode,
+    grid_of_axes,
+    integer_ticks,
+)
 
 METRICS_FILE = "metrics.jsonl"
 RECONSTRUCTIONS_FOLDER = "reconstructions"
@@ -55,7 +65,7 @@ def _draw(records: Sequence[Mapping[str, Any]]) -> Picture:
     with drawing(PAGE_WIDTH if monitors else PAGE_WIDTH / 2, 2.5) as figure:
         (axes,) = grid_of_axes(figure, 1, columns, width_ratios=[1.5] + [1.0] * len(monitors))
         for name, colour in (("train_loss", MUTED), ("val_loss", ARM_COLOURS[0])):
-            axes[0].plot(*_series(records, name), color=colour, label=name.replace("_", " "))
+            axes[0].plot(*_series(records, name), color=colour, label=name.split("_")[0])
         axes[0].set_title("loss")
         axes[0].legend()
         for panel, (key, label) in zip(axes[1:], monitors.items(), strict=True):
@@ -64,6 +74,7 @@ def _draw(records: Sequence[Mapping[str, Any]]) -> Picture:
             panel.set_title(label)
         for panel in axes:
             panel.set_xlabel("epoch")
+            integer_ticks(panel)
         return encode(figure)
 
 

@@ -91,6 +91,12 @@ def grid_of_axes(figure: Figure, rows: int, columns: int, **options: Any) -> lis
     return [list(row) for row in axes]
 
 
+def integer_ticks(axes: Axes) -> None:
+    """Whole numbers along the horizontal axis, and few enough of them on both for a small panel."""
+    axes.locator_params(axis="x", nbins=5, integer=True)
+    axes.locator_params(axis="y", nbins=6)
+
+
 def encode(figure: Figure) -> Picture:
     """A figure as a picture of its own size."""
     buffer = io.BytesIO()

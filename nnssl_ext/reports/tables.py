@@ -158,10 +158,11 @@ def convergence(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
         of_size = [row for row in evaluation.convergence if row.num_train == size]
         for row in sorted(of_size, key=lambda row: evaluation.arm(row.arm).role != "reference"):
             trend, label = row.trend, evaluation.arm(row.arm).label
-            basis = f"mean of {row.num_runs} runs, {trend.epochs} epochs"
+            runs = f"mean of {row.num_runs} runs" if row.num_runs > 1 else "1 run"
+            basis = f"{runs}, {trend.epochs} epochs"
             if trend.gain is not None:
                 gain = f"{curves[trend.curve]} {number(trend.gain, signed=True)}"
-                basis = f"validation {gain} over the last {trend.epochs} epochs (mean of {row.num_runs} runs)"
+                basis = f"validation {gain} over the last {trend.epochs} epochs ({runs})"
             rows.append((str(size), label, words[trend.state], basis))
     return rows
 

@@ -18,7 +18,7 @@ from nnssl_ext.evaluation.statistics import Interval
 from nnssl_ext.imageio import Geometry
 from nnssl_ext.reports import overlays, tables
 from nnssl_ext.reports.figures import rows_of
-from nnssl_ext.reports.page import render
+from nnssl_ext.reports.page import minus, render
 from nnssl_ext.reports.pretraining import read_pretraining
 from tests.evaluation import fakes
 
@@ -100,7 +100,7 @@ def test_the_report_is_self_contained_and_begins_with_the_verdict(world: tuple[E
     assert len(page.images) == 1 + 2 + 1 + 1 + 3  # efficiency, pairs of two arms, folds, curves, three cases
     assert all(image.startswith("data:image/png;base64,iVBOR") for image in page.images)
     body = page.text[page.text.index("nnssl_ext evaluation") :]
-    assert body.index(verdict.headline) < body.index(verdict.certainty) < body.index("How many labels")
+    assert body.index(minus(verdict.headline)) < body.index(verdict.certainty) < body.index("How many labels")
 
 
 def test_the_report_holds_every_number_of_the_tables(world: tuple[Evaluation, Path], html: str) -> None:
@@ -171,6 +171,7 @@ def test_one_fold_one_seed_one_class_still_make_a_report(evaluation: Evaluation)
     text = Page(render(small)).text
     assert "One seed stands behind this" in text
     assert "in 1 fold," in text
+    assert "Spread over folds" not in text
 
 
 def test_cases_are_ranked_by_all_arms_together(evaluation: Evaluation) -> None:
@@ -229,6 +230,11 @@ def test_intervals_and_p_values_as_text() -> None:
     assert tables.interval(Interval(-0.1, 0.2), signed=True) == "\u22120.100 to +0.200"
     assert tables.interval(None) == "\u2013"
     assert [tables.p_text(p) for p in (0.0001, 0.04, None)] == ["< 0.001", "0.040", "\u2013"]
+
+
+def test_minus_signs_are_set_before_numbers_only() -> None:
+    text = "worse (-0.073 Dice, -0.10 to -0.04): give --seeds 0 1, -np 2 or ptPlans-5"
+    assert minus(text) == "worse (\u22120.073 Dice, \u22120.10 to \u22120.04): give --seeds 0 1, -np 2 or ptPlans-5"
 
 
 def test_many_sizes_take_several_rows() -> None:
