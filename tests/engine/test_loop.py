@@ -200,6 +200,30 @@ def test_other_ways_to_compute_give_about_the_same(make_spec, settings):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_is_taken_up_by_a_plain_one_and_the_other_way_round(make_spec, monkeypatch, backend):
+    """Planted faults: saving the compiled module, whose names are others; compiling on neither side of the stop."""
+    compiled = []
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda task: compiled.append(task) or original(task, backend=backend))
+    whole = make_spec(["num_epochs=2"])
+    pretrain(whole)
+    names = set(load_checkpoint(whole.folder / "checkpoint_final.pth")["network_weights"])
+    for before in (True, False):
+        spec = make_spec(["num_epochs=2"], name=f"compiled_{before}", compile=before)
+        with monkeypatch.context() as patch:
+            stop_at(patch, 4, signal.SIGTERM)
+            pretrain(spec)
+        resume = load_checkpoint(spec.folder / "checkpoint_latest.pth")["resume"]
+        assert not [name for name in resume["task"] if "_orig_mod" in name]
+        pretrain(replace(spec, resume=True, settings=replace(spec.settings, compile=not before)))
+        assert set(load_checkpoint(spec.folder / "checkpoint_final.pth")["network_weights"]) == names
+        for expected, row in zip(records(whole.folder), records(spec.folder), strict=True):
+            assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+            assert row["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+    assert len(compiled) == 2
+
+
 def test_a_finished_run_is_refused_and_with_resume_left_alone(make_spec):
     spec = make_spec(["num_epochs=1"])
     pretrain(spec)
