@@ -34,7 +34,7 @@ SMALL = {"block_size": 4, "decoder_depth": 2}
 NUM_CASES = 4
 GRADIENT_STEPS = 20
 LEARNING_STEPS = 40
-TAKEN, DRAWN, COUNTED = {"target", "classes", "partner"}, {"turns"}, {"asked", "valid"}
+TAKEN, DRAWN, COUNTED = {"target", "classes", "partner"}, {"turns", "order", "place"}, {"asked", "valid"}
 """Views that a sham takes from another sample, that it draws anew, and of whose voxels it may ask for fewer."""
 NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 

@@ -1,0 +1,92 @@
+"""Jigsaw: classes that are the orders, on boxes in the volume, with the permutations in the checkpoint."""
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.trainers.jigsaw import Jigsaw, JigsawConfig, JigsawTrainer
+from nnssl_ext.views.cells import boxes_in_cells, grid_cells, resample_boxes
+
+RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
+PATCHES = [(16, 24, 8), (24, 16)]
+
+
+@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
+def patch_size(request) -> tuple[int, ...]:
+    return request.param
+
+
+def make_batch(patch_size: tuple[int, ...]) -> Batch:
+    """Three crops whose voxels hold the number of their cell; the last is padded with rubbish."""
+    valid = torch.ones(3, 1, *patch_size, dtype=torch.bool)
+    valid[2, :, -6:] = False
+    axes = [torch.arange(edge).mul(3).div(edge, rounding_mode="floor") for edge in patch_size]
+    data = torch.zeros(3, 1, *patch_size)
+    for number, axis in enumerate(torch.meshgrid(*axes, indexing="ij")):
+        data += axis * 3 ** (len(patch_size) - 1 - number)
+    spacing = torch.ones(3, len(patch_size))
+    lower = torch.zeros_like(spacing, dtype=torch.int64)
+    return Batch(torch.where(valid, data, 1e4), valid, ("a", "b", "c"), RANDOM.samples, lower, spacing)
+
+
+def make_task(plan, **settings) -> Jigsaw:
+    torch.manual_seed(0)
+    (name,) = plan.configuration_names
+    return Jigsaw(JigsawConfig(**settings), plan.configuration(name), num_cases=4)
+
+
+def test_the_class_says_which_cell_comes_where(tiny_plan, patch_size):
+    """Every voxel of the first two crops says which cell it is of.
+
+    Catches labels of another order than is shown, an order applied the other way round, and one that is shown to all.
+    """
+    task, batch, seen = make_task(tiny_plan(patch_size), permutations=20), make_batch(patch_size), set()
+    for step in range(5):
+        views = task.views(batch, replace(RANDOM, step=step), train=False)
+        boxes = views["boxes"].unflatten(0, (3, -1))
+        for row, label in enumerate(views["order"].tolist()[:2]):
+            middle = boxes[row, :, 0][(slice(None), *[edge // 2 for edge in task.size])]
+            assert middle.round().long().tolist() == task.permutations[label].tolist()
+            seen.add(label)
+        assert views["boxes"].max() < 27
+    assert len(seen) > 5
+
+
+def test_cells_follow_the_volume_not_the_padding(tiny_plan, patch_size):
+    task, batch = make_task(tiny_plan(patch_size)), make_batch(patch_size)
+    views = task.views(batch, RANDOM, train=False)
+    boxes = boxes_in_cells(grid_cells(batch.valid, task.grid), RANDOM.child("cells"))
+    assert (boxes.lower + boxes.edges)[2, :, 0].max() < patch_size[0] - 6
+    expected = resample_boxes(batch.data, batch.valid, boxes, task.size).unflatten(0, (3, -1))[2]
+    order = task.permutations[views["order"][2]]
+    torch.testing.assert_close(views["boxes"].unflatten(0, (3, -1))[2], expected[order])
+
+
+def test_boxes_are_encoded_on_their_own_and_named_together(tiny_plan, patch_size):
+    """Catches a head that sees boxes of several crops, or in an order that is not theirs."""
+    task = make_task(tiny_plan(patch_size)).eval()
+    views = task.views(make_batch(patch_size), RANDOM, train=False)
+    with torch.no_grad():
+        output = task(views)
+        features = torch.stack([task.encoder.pooled(box[None])[0] for box in views["boxes"]])
+        logits = task.head.layers(features.view(3, prod(task.grid) * features.shape[1]))
+        expected = torch.nn.functional.cross_entropy(logits, views["order"])
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert output.metrics["accuracy_chance"].item() == pytest.approx(0.01)
+    hits = (logits.argmax(1) == views["order"]).float().mean()
+    assert output.metrics["accuracy"].item() == pytest.approx(hits.item())
+
+
+def test_permutations_are_part_of_the_checkpoint(tiny_plan):
+    """Catches orders that another version, or another number of candidates, would change in a resumed run."""
+    assert make_task(tiny_plan((24, 16))).state_dict()["permutations"].shape == (100, 9)
+
+
+@pytest.mark.parametrize("override", ["permutations=1", "hidden_width=0"])
+def test_impossible_settings_are_refused(override):
+    with pytest.raises(ValueError, match=override.split("=")[0]):
+        JigsawTrainer.configured([override])
