@@ -119,7 +119,9 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or cls.__name__
         prefix = f"{where}: " if where else ""
-        raise ValueError(f"{prefix}{name}: {first['msg']} (got {first['input']!r})") from error
+        own = first.get("ctx", {}).get("error")  # a record's own check, whose text names the value
+        problem = str(own) if own else f"{first['msg']} (got {first['input']!r})"
+        raise ValueError(f"{prefix}{name}: {problem}") from error
 
 
 def _check_names(cls: type, mapping: Mapping[str, Any], where: str) -> None:

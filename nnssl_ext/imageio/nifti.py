@@ -94,6 +94,7 @@ def _read_header(path: Path) -> Any:
     """The header as it is in the file: nibabel's own loading would repair it."""
     from nibabel import Nifti1Header, Nifti2Header
     from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
     try:
         with _open(path) as file:
@@ -101,7 +102,7 @@ def _read_header(path: Path) -> Any:
         is_second = NIFTI_2_SIZE in (int.from_bytes(content[:4], order) for order in ("little", "big"))
         header_class = Nifti2Header if is_second else Nifti1Header
         return header_class(content[: header_class.template_dtype.itemsize], check=False)
-    except (HeaderDataError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+    except (HeaderDataError, WrapStructError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         raise ValueError(f"{path} cannot be read: it has no NIfTI header ({error})") from error
 
 

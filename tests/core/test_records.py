@@ -52,6 +52,21 @@ def test_a_wrong_type_names_the_field():
         from_dict(Outer, {"optim": {"lr": "fast"}})
 
 
+def test_a_records_own_check_speaks_for_itself():
+    """Catches a dump of the whole record behind a message that names the value already."""
+
+    @dataclass(frozen=True)
+    class Checked:
+        ratio: float
+
+        def __post_init__(self) -> None:
+            if self.ratio > 1:
+                raise ValueError(f"ratio={self.ratio} must be 1 or less.")
+
+    with pytest.raises(ValueError, match=r"^plans\.json: Checked: ratio=2\.0 must be 1 or less\.$"):
+        from_dict(Checked, {"ratio": 2.0}, where="plans.json")
+
+
 def test_overrides_reach_nested_fields_and_keep_the_rest():
     changed = apply_overrides(Outer(), ["optim.lr=1e-3", "sizes=[7, 8]", "limit=3", "optim.name=adamw"])
     assert changed == Outer(sizes=(7, 8), limit=3, optim=Inner(lr=1e-3, name="adamw"))

@@ -150,6 +150,13 @@ def test_gzip_of_several_members_is_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image([tmp_path / "x.nii.gz"])[0], read_image([tmp_path / "x.nii"])[0])
 
 
+def test_a_text_file_called_nifti_is_refused(tmp_path: Path) -> None:
+    """Catches an error of the header's reader that names neither the file nor what is wrong with it."""
+    (tmp_path / "text.nii").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.nii cannot be read: it has no NIfTI header"):
+        read_image([tmp_path / "text.nii"])
+
+
 @pytest.mark.parametrize("name", ["e.nii.gz", "e.nrrd", "e.mha", "e.png", "e.tif"])
 def test_empty_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
