@@ -7,12 +7,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nnssl_ext.cli.common import command
+from nnssl_ext.cli.machine import add_machine, default_device, num_train, shared_gpus, training_executor
 
 if TYPE_CHECKING:
-    from nnssl_ext.core.executor import Executor
     from nnssl_ext.evaluation.preparation import EvaluationSettings, Prepared
     from nnssl_ext.evaluation.records import Evaluation
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("-c", default="3d_fullres", metavar="CONFIGURATION", help="configuration of the plans (default: %(default)s)")
     add("-f", nargs="+", type=int, default=[], metavar="FOLD", help="folds (default: all that are planned)")
-    add("--num_train", nargs="+", type=_size, metavar="N", help="training cases per fold, or all (default: all)")
+    add("--num_train", nargs="+", type=num_train, metavar="N", help="training cases per fold, or all (default: all)")
     add(
         "--fractions",
         nargs="+",
@@ -68,28 +68,8 @@ def parser() -> argparse.ArgumentParser:
     add("--plain_trainer", default="nnUNetTrainer", metavar="TRAINER", help="trainer of plain nnU-Net plans")
     add("--name", help="name of the evaluation (default: made from the arms)")
     add("--list", action="store_true", help="show which runs are finished and which are missing, and leave")
-    _add_machine(result.add_argument_group("machine"))
+    add_machine(result.add_argument_group("machine"))
     return result
-
-
-def _add_machine(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("-device", "--device", choices=("cpu", "cuda", "mps"), help="where to train (default: cuda where there is one)")
-    add(
-        "-np",
-        type=int,
-        metavar="N",
-        help="trainings at a time on a CPU, with one thread each (default: 1, all threads)",
-    )
-    add("-num_gpus", "--num_gpus", type=int, default=1, metavar="N", help="GPUs, one training on each (default: 1)")
-    add("--scheduler", metavar="ADDRESS", help="run on a Dask scheduler, such as tcp://host:8786")
-    add("--cluster", choices=("slurm", "lsf", "pbs"), help="start -np workers as jobs of a cluster")
-
-
-def _size(text: str) -> int | Literal["all"]:
-    if text != "all" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of cases nor all")
-    return "all" if text == "all" else int(text)
 
 
 @command
@@ -106,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     configure_logging()
     settings = _settings(args)
-    device = args.device or _default_device()
-    gpus = _gpus(args, device)
-    with _executor(args, device) as executor:
+    device = args.device or default_device()
+    gpus = shared_gpus(args, device)
+    with training_executor(args, device) as executor:
         if args.list:
             _show(prepare(settings, executor))
             return
@@ -133,43 +113,6 @@ def _settings(args: argparse.Namespace) -> EvaluationSettings:
         plain_trainer=args.plain_trainer,
         name=args.name,
     )
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _gpus(args: argparse.Namespace, device: str) -> tuple[str, ...]:
-    """The CUDA devices that local workers share out; none on a cluster, where each worker sees its own.
-
-    Raises:
-        ValueError: If there are fewer than asked for.
-    """
-    if device != "cuda" or args.scheduler or args.cluster:
-        return ()
-    import os
-
-    import torch
-
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = listed.split(",") if listed else [str(index) for index in range(torch.cuda.device_count())]
-    if not 1 <= args.num_gpus <= len(visible):
-        raise ValueError(f"-num_gpus {args.num_gpus} is not possible: {len(visible)} CUDA devices are visible")
-    return tuple(visible[: args.num_gpus])
-
-
-def _executor(args: argparse.Namespace, device: str) -> Executor:
-    """One process per training at a time; on a CPU a single training runs in this process, with all threads."""
-    from nnssl_ext.core.executor import make_executor
-
-    if args.scheduler or args.cluster:
-        return make_executor(args.np or 1, args.scheduler, args.cluster)
-    if device == "cuda":
-        return make_executor(args.num_gpus)
-    processes = 1 if args.np is None else args.np
-    return make_executor(0 if processes == 1 else processes)
 
 
 def _show(prepared: Prepared) -> None:

@@ -44,8 +44,7 @@ def train_fold(task: TrainingTask) -> None:
     from nnssl_ext.finetuning.run import run_fold
 
     task.log_file.parent.mkdir(parents=True, exist_ok=True)
-    if task.gpus:
-        _lease_gpu(task.gpus, task.log_file.parent)
+    use_gpu(task.gpus, task.log_file.parent)
     with task.log_file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         run_fold(
             task.dataset,
@@ -70,8 +69,8 @@ _lease: IO[str] | None = None
 """The lock of the GPU that this process owns, held until the process ends."""
 
 
-def _lease_gpu(gpus: Sequence[str], folder: Path) -> None:
-    """Takes one GPU for the rest of this process' life, before CUDA starts in it.
+def use_gpu(gpus: Sequence[str], folder: Path) -> None:
+    """Takes one GPU for the rest of this process' life, before CUDA starts in it; none where none are shared out.
 
     nnU-Net always trains on the first visible device, so the choice is made through `CUDA_VISIBLE_DEVICES`. A lock file
     per GPU keeps workers apart; the system releases it also when a worker is killed.
@@ -80,7 +79,7 @@ def _lease_gpu(gpus: Sequence[str], folder: Path) -> None:
         RuntimeError: If other workers hold all of them.
     """
     global _lease
-    if _lease is not None:
+    if _lease is not None or not gpus:
         return
     for gpu in gpus:
         handle = (folder / f".gpu_{gpu}.lock").open("w")

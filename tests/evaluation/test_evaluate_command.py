@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nnssl_ext.cli.evaluate import _executor, _gpus, main, parser
+from nnssl_ext.cli.evaluate import main, parser
+from nnssl_ext.cli.machine import shared_gpus, training_executor
 from nnssl_ext.core.executor import InlineExecutor, LocalExecutor
 from nnssl_ext.evaluation.records import load_evaluation
 from nnssl_ext.evaluation.training import TrainingTask
@@ -101,7 +102,7 @@ def test_a_typo_is_an_error(capsys: pytest.CaptureFixture) -> None:
     ],
 )
 def test_how_many_processes(arguments: list[str], device: str, kind: type, processes: int | None) -> None:
-    executor = _executor(parser().parse_args([*ARMS, *arguments]), device)
+    executor = training_executor(parser().parse_args([*ARMS, *arguments]), device)
     assert isinstance(executor, kind)
     assert getattr(executor, "num_processes", None) == processes
 
@@ -109,8 +110,8 @@ def test_how_many_processes(arguments: list[str], device: str, kind: type, proce
 def test_gpus_are_taken_from_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     two = parser().parse_args([*ARMS, "-num_gpus", "2"])
-    assert _gpus(two, "cuda") == ("4", "6")
-    assert _gpus(two, "cpu") == ()
+    assert shared_gpus(two, "cuda") == ("4", "6")
+    assert shared_gpus(two, "cpu") == ()
     with pytest.raises(ValueError, match="-num_gpus 5 is not possible: 3 CUDA devices are visible"):
-        _gpus(parser().parse_args([*ARMS, "-num_gpus", "5"]), "cuda")
-    assert _gpus(parser().parse_args([*ARMS, "--scheduler", "tcp://x:1"]), "cuda") == ()
+        shared_gpus(parser().parse_args([*ARMS, "-num_gpus", "5"]), "cuda")
+    assert shared_gpus(parser().parse_args([*ARMS, "--scheduler", "tcp://x:1"]), "cuda") == ()

@@ -16,9 +16,9 @@ from tests.evaluation import fakes
 LEASE = """
 import os, sys, time
 from pathlib import Path
-from nnssl_ext.evaluation.training import _lease_gpu
-_lease_gpu(("3", "7"), Path(sys.argv[1]))
-_lease_gpu(("3", "7"), Path(sys.argv[1]))
+from nnssl_ext.evaluation.training import use_gpu
+use_gpu(("3", "7"), Path(sys.argv[1]))
+use_gpu(("3", "7"), Path(sys.argv[1]))
 print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 sys.stdin.read()
 """
