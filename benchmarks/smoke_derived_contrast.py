@@ -9,6 +9,7 @@ by voxel. So a method that runs and learns on it is shown to work, and nothing i
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,27 +40,41 @@ def derived_contrast(volume: np.ndarray, case_id: str) -> np.ndarray:
     return (low + span * (((high - volume) / span) ** GAMMA + NOISE * noise)).astype(np.float32)
 
 
-def main() -> None:
-    """Writes a dataset of two channels beside one of a single channel."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="raw dataset of one channel")
-    parser.add_argument("target", type=Path, help="raw dataset to write, DatasetXXX_Name")
-    arguments = parser.parse_args()
-    description = read_json(arguments.source / "dataset.json")
-    ending, images = description["file_ending"], arguments.target / "imagesTr"
+def add_derived_contrast(source: Path, target: Path) -> int:
+    """Writes a dataset of two channels beside one of a single channel, with its labels where it has some.
+
+    Args:
+        source: The raw dataset.
+        target: The folder to write; its `dataset.json` comes last.
+
+    Returns:
+        The number of cases.
+    """
+    description = read_json(source / "dataset.json")
+    ending, images = description["file_ending"], target / "imagesTr"
     images.mkdir(parents=True, exist_ok=True)
-    files = sorted((arguments.source / "imagesTr").glob(f"*_0000{ending}"))
+    files = sorted((source / "imagesTr").glob(f"*_0000{ending}"))
     for file in files:
         case_id = file.name.removesuffix(f"_0000{ending}")
         (volume,), geometry = read_image([file])
         for channel, voxels in enumerate((volume, derived_contrast(volume, case_id))):
             write_image(voxels, geometry, images / f"{case_id}_{channel:04d}{ending}")
+    if (source / "labelsTr").is_dir():
+        shutil.copytree(source / "labelsTr", target / "labelsTr", dirs_exist_ok=True)
     channels = {"0": description["channel_names"]["0"], "1": "derived"}
-    write_json(
-        arguments.target / "dataset.json",
-        {"channel_names": channels, "labels": {"background": 0}, "numTraining": len(files), "file_ending": ending},
-    )
-    print(f"{len(files)} cases of two channels in {arguments.target}: for a smoke test only")
+    own = {"labels": {"background": 0}, **description, "channel_names": channels, "numTraining": len(files)}
+    write_json(target / "dataset.json", own)
+    return len(files)
+
+
+def main() -> None:
+    """Runs `add_derived_contrast`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="raw dataset of one channel")
+    parser.add_argument("target", type=Path, help="raw dataset to write, DatasetXXX_Name")
+    arguments = parser.parse_args()
+    number = add_derived_contrast(arguments.source, arguments.target)
+    print(f"{number} cases of two channels in {arguments.target}: for a smoke test only")
 
 
 if __name__ == "__main__":
