@@ -34,10 +34,12 @@ from typing import Any
 
 import numpy as np
 
-from nnssl_ext.evaluation.learning import Difference, case_dice, compare, gate, verdict
+from nnssl_ext.evaluation.learning import Difference, case_dice, compare, gate, pretext_metrics, verdict, without_nan
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 UNLABELLED, LABELLED = 1, 4
+DERIVED = 100
+"""Added to the numbers of both datasets where a second contrast is derived from the first."""
 NUM_UNLABELLED, NUM_POOL = 80, 20
 NUM_EPOCHS = 5
 PROBE_PATCH = (32, 40, 24)
@@ -57,7 +59,7 @@ FINETUNING = {
     "weight_decay": 1e-2,
 }
 Results = dict[tuple[str, str, int], dict[str, Any]]
-"""Records of jobs by trainer (of random features: backbone), arm and seed."""
+"""Records of jobs by trainer (of random features: network and data), arm and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +72,26 @@ class Protocol:
     settings: tuple[str, ...] = OPTIMISER
     backbone: str = ""
     """`cnn` or `vit`; empty: a U-Net where the method runs on one."""
+    channels: int = 1
+    """Of the scans. The second of two is derived from the first: that is a smoke test, and no evidence."""
+
+    @property
+    def reference(self) -> str:
+        """Network and data, which random features share with the methods they stand beside."""
+        return self.backbone + (", derived contrast" if self.channels > 1 else "")
+
+    def dataset(self, number: int) -> int:
+        """The number of the dataset with these channels that belongs to one of a single channel."""
+        return number + (DERIVED if self.channels > 1 else 0)
 
 
 TWO_VIEWS = Protocol(patch_size=(24, 24, 24), batch_size=6, steps=450)
+TWO_RESTORED = replace(TWO_VIEWS, batch_size=4)
+SMALL_CUBES = ("cube_edge=2",)
+"""The recipe's cubes of 8 are made for crops of 96; ten of them hold a third of a crop of 24."""
+NEARER_VIEWS = ("crop_scale=[0.75,0.9]", "shift=0.1", "spatial.rotation=0", "spatial.elastic=0")
+"""Where a view has 60 tokens, 6 of them seen, few steps do not find what corresponds in views that are also turned,
+deformed and of another size."""
 PROTOCOLS = {
     "dino": Protocol(patch_size=(24, 24, 24), steps=300, settings=("accumulate=1",)),
     "jigsaw": Protocol(batch_size=2, steps=350),
@@ -80,9 +99,12 @@ PROTOCOLS = {
     "voco": Protocol(batch_size=2, steps=350),
     "cpc": Protocol(batch_size=2, steps=250),
     "registration": Protocol(batch_size=2, steps=350),
+    "croco": Protocol(settings=(*OPTIMISER, *NEARER_VIEWS)),
+    "inpainting": replace(TWO_RESTORED, settings=(*OPTIMISER, *SMALL_CUBES)),
+    "swinunetr": TWO_RESTORED,
     **dict.fromkeys(("simclr", "contrast", "exemplar", "pcrl", "clustering"), TWO_VIEWS),
 }
-"""By a part of the trainer's name; masked and restorative methods, and all others, have the defaults."""
+"""By a part of the trainer's name; the other masked and restorative methods, and all others, have the defaults."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +159,8 @@ def protocol_of(trainer: str, changes: Mapping[str, Any]) -> Protocol:
     names = {setting.name for setting in fields(kind.task.Config)}
     small = tuple(f"{name}={value}" for name, value in SMALL.items() if name in names)
     warmup = f"schedule.warmup_steps={protocol.steps // 10}"
-    return replace(protocol, backbone=backbone, settings=(*small, warmup, *protocol.settings))
+    channels = max(protocol.channels, kind.task.info.needs.channels)
+    return replace(protocol, backbone=backbone, channels=channels, settings=(*small, warmup, *protocol.settings))
 
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
@@ -146,8 +169,9 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
 
     changes = json.loads(args.settings.read_text()) if args.settings else {}
     protocols = {trainer: protocol_of(trainer, changes) for trainer in args.trainers}
-    backbones = sorted({protocol.backbone for protocol in protocols.values()})
-    jobs = [Job("", "random", s, Protocol(backbone=b), args.fine_tune) for b in backbones for s in args.seeds]
+    pairs = sorted({(protocol.backbone, protocol.channels) for protocol in protocols.values()})
+    untrained = [Protocol(backbone=backbone, channels=channels) for backbone, channels in pairs]
+    jobs = [Job("", "random", seed, protocol, args.fine_tune) for protocol in untrained for seed in args.seeds]
     for seed in args.seeds:
         for trainer, protocol in protocols.items():
             jobs.append(Job(trainer, "method", seed, protocol, args.fine_tune))
@@ -164,34 +188,43 @@ def set_environment(workspace: Path) -> None:
             os.environ[f"{prefix}_{kind}"] = str(workspace / kind)
 
 
-def prepare(source: Path | None, workspace: Path) -> None:
-    """Converts, plans and preprocesses, as far as it has not been done.
+def prepare(source: Path | None, workspace: Path, derived: bool) -> None:
+    """Converts, plans and preprocesses, as far as it has not been done; with `derived` also with a second contrast.
 
     Raises:
         ValueError: If data has to be converted and no source was given.
     """
     from nnssl_ext.cli.convert import main as convert
     from nnssl_ext.cli.plan_and_preprocess import main as plan_and_preprocess
+    from nnssl_ext.core.paths import find_dataset, raw_root
 
     if not any((workspace / "raw").iterdir()):
         if source is None:
             raise ValueError("there is no data in the workspace yet: give --source Task04_Hippocampus")
         words = ["-d", str(LABELLED), "--unlabelled", str(NUM_UNLABELLED), "--unlabelled_dataset", str(UNLABELLED)]
         convert(["msd", str(source), *words])
-    if not list((workspace / "preprocessed").glob("Dataset001_*/nnsslPlans_3d_fullres/*.json")):
-        plan_and_preprocess(["-d", str(UNLABELLED), "-pl", "nnsslPlannerResEncXS", "-np", "0"])
+    for number in (UNLABELLED, LABELLED) if derived else ():
+        folder = find_dataset(number, raw_root())
+        target = folder.with_name(folder.name.replace(f"{number:03d}", f"{number + DERIVED:03d}", 1))
+        if not (target / "dataset.json").is_file():
+            script = Path(__file__).with_name("smoke_derived_contrast.py")
+            subprocess.run([sys.executable, str(script), str(folder), str(target)], check=True)
+    for number in (UNLABELLED, UNLABELLED + DERIVED) if derived else (UNLABELLED,):
+        if not list((workspace / "preprocessed").glob(f"Dataset{number:03d}_*/nnsslPlans_3d_fullres/*.json")):
+            plan_and_preprocess(["-d", str(number), "-pl", "nnsslPlannerResEncXS", "-np", "0"])
 
 
-def make_plan(backbone: str, patch_size: Sequence[int], batch_size: int) -> Any:
+def make_plan(protocol: Protocol, patch_size: Sequence[int]) -> Any:
     """The plan of the unlabelled dataset with another patch, batch, and perhaps a transformer."""
     from nnssl_ext.core.paths import find_dataset, preprocessed_root
     from nnssl_ext.planners.plan import Plan
     from nnssl_ext.planners.primus import PRIMUS_SIZES, primus_architecture
 
-    folder = find_dataset(UNLABELLED, preprocessed_root())
+    folder = find_dataset(protocol.dataset(UNLABELLED), preprocessed_root())
     raw = Plan.load(folder / "nnsslPlans.json").raw
-    configuration = {**raw["configurations"]["3d_fullres"], "patch_size": list(patch_size), "batch_size": batch_size}
-    if backbone == "vit":
+    own = {"patch_size": list(patch_size), "batch_size": protocol.batch_size}
+    configuration = {**raw["configurations"]["3d_fullres"], **own}
+    if protocol.backbone == "vit":
         configuration["architecture"] = primus_architecture(PRIMUS_SIZES[VIT_SIZE], tuple(patch_size), TOKEN)
     return Plan({**raw, "configurations": {"3d_fullres": configuration}})
 
@@ -204,21 +237,28 @@ def run_job(job: Job, workspace: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     started, own = time.monotonic(), time.process_time()
+    resumed = (run_folder(job, workspace) / "metrics.jsonl").exists()
     record: dict[str, Any] = {"trainer": job.trainer, "arm": job.arm, "seed": job.seed}
     record["protocol"] = asdict(job.protocol)
     checkpoint = None
     if job.arm == "random":
-        plan = make_plan(job.protocol.backbone, PROBE_PATCH, job.protocol.batch_size)
+        plan = make_plan(job.protocol, PROBE_PATCH)
         frozen = random_frozen(plan, plan.configuration("3d_fullres"), job.seed)
     else:
         checkpoint = train(job, workspace)
-        record["pretext"] = pretext_metrics(checkpoint.parent / "metrics.jsonl")
+        epochs = (checkpoint.parent / "metrics.jsonl").read_text().splitlines()
+        record["pretext"] = pretext_metrics(json.loads(epochs[-1]))
         frozen = load_frozen(checkpoint)
-    record["training_cpu_seconds"] = round(time.process_time() - own)
-    record["probe"] = probe_features(frozen, job.protocol.backbone)
+    record["training_cpu_seconds"] = None if resumed else round(time.process_time() - own)
+    record["probe"] = probe_features(frozen, job.protocol)
     if job.fine_tune:
         record["fine_tuned"] = fine_tune(job, checkpoint, workspace)
     return {**record, "seconds": round(time.monotonic() - started)}
+
+
+def run_folder(job: Job, workspace: Path) -> Path:
+    """Where a pretraining lies."""
+    return workspace / "learning" / "runs" / job.key
 
 
 def train(job: Job, workspace: Path) -> Path:
@@ -229,7 +269,7 @@ def train(job: Job, workspace: Path) -> Path:
     from nnssl_ext.engine.task import TRAINERS
 
     protocol = job.protocol
-    plan = make_plan(protocol.backbone, protocol.patch_size, protocol.batch_size)
+    plan = make_plan(protocol, protocol.patch_size)
     length = (f"num_epochs={NUM_EPOCHS}", f"steps_per_epoch={protocol.steps // NUM_EPOCHS}", "val_steps_per_epoch=8")
     sham = ("sham=true",) if job.arm == "sham" else ()
     configuration = plan.configuration("3d_fullres")
@@ -237,8 +277,8 @@ def train(job: Job, workspace: Path) -> Path:
         trainer=TRAINERS.get(job.trainer).configured([*length, *protocol.settings, *sham], protocol.backbone),
         plan=plan,
         configuration=configuration,
-        data_folder=find_dataset(UNLABELLED, preprocessed_root()) / configuration.data_identifier,
-        folder=workspace / "learning" / "runs" / job.key,
+        data_folder=find_dataset(protocol.dataset(UNLABELLED), preprocessed_root()) / configuration.data_identifier,
+        folder=run_folder(job, workspace),
         settings=RunSettings(seed=job.seed, save_every=1, picture_every=NUM_EPOCHS, tensorboard=False),
         resume=True,
     )
@@ -246,31 +286,24 @@ def train(job: Job, workspace: Path) -> Path:
     return spec.folder / "checkpoint_final.pth"
 
 
-def pretext_metrics(path: Path) -> dict[str, list[float]]:
-    """Metrics of the last epoch on held-out cases that have a chance level: name to value and chance."""
-    last = json.loads(path.read_text().splitlines()[-1])
-    named = {name.removesuffix("_chance") for name in last if name.startswith("val_") and name.endswith("_chance")}
-    return {name.removeprefix("val_"): [last[name], last[f"{name}_chance"]] for name in sorted(named)}
-
-
-def split_labelled() -> tuple[Any, list[str], list[str]]:
+def split_labelled(protocol: Protocol) -> tuple[Any, list[str], list[str]]:
     """The raw labelled dataset, the label pool and the test cases."""
     from nnssl_ext.core.paths import find_dataset, raw_root
     from nnssl_ext.dataset.manifest import Manifest
 
-    manifest = Manifest.load(find_dataset(LABELLED, raw_root()))
+    manifest = Manifest.load(find_dataset(protocol.dataset(LABELLED), raw_root()))
     cases = [case.case_id for case in manifest.cases]
     return manifest, cases[:NUM_POOL], cases[NUM_POOL:]
 
 
-def probe_features(frozen: Any, backbone: str) -> dict[str, Any]:
+def probe_features(frozen: Any, protocol: Protocol) -> dict[str, Any]:
     """Linear probe of the test cases: Dice (subsets, cases, classes)."""
     from nnssl_ext.downstream.labelled import read_labelled
     from nnssl_ext.downstream.probing import ProbeConfig, probe
 
-    if backbone == "cnn":
+    if protocol.backbone == "cnn":
         frozen = replace(frozen, configuration=replace(frozen.configuration, patch_size=PROBE_PATCH))
-    manifest, pool, test = split_labelled()
+    manifest, pool, test = split_labelled(protocol)
     labelled, unseen = (read_labelled(manifest, ids, frozen.plan, frozen.configuration) for ids in (pool, test))
     result = probe(frozen, labelled, unseen, ProbeConfig(neighbours=0))
     return {"classes": result.classes, "cases": result.cases, "dice": without_nan(result.linear)}
@@ -290,13 +323,14 @@ def fine_tune(job: Job, checkpoint: Path | None, workspace: Path) -> dict[str, A
     from nnssl_ext.finetuning.nnunet_plans import plan_finetuning
     from nnssl_ext.finetuning.run import run_fold
 
-    _, pool, test = split_labelled()
+    _, pool, test = split_labelled(job.protocol)
+    dataset = job.protocol.dataset(LABELLED)
     chosen = draw_subset(len(pool), ProbeConfig().num_labelled, job.seed)
     split = Split(train=tuple(pool[index] for index in chosen), val=tuple(test))
     base = checkpoint or scratch_checkpoint(job, workspace)
     both = load_checkpoint(base)["nnssl_pretraining"]["trains_decoder"]
     plan = plan_finetuning(
-        LABELLED,
+        dataset,
         base,
         job.key,
         transfer="encoder_decoder" if both and checkpoint else "encoder",
@@ -309,7 +343,7 @@ def fine_tune(job: Job, checkpoint: Path | None, workspace: Path) -> dict[str, A
     )
     with make_executor(0) as executor:
         preprocess(plan.plans_path, plan.configuration, executor)
-    result = run_fold(LABELLED, plan.plans_name, plan.configuration, 0, device="cpu", num_threads=1)
+    result = run_fold(dataset, plan.plans_name, plan.configuration, 0, device="cpu", num_threads=1)
     rows = read_json(result.summary)["metric_per_case"]
     names = [Path(row["prediction_file"]).name.split(".")[0] for row in rows]
     scores = np.array([[row["metrics"][label]["Dice"] for label in sorted(row["metrics"])] for row in rows], float)
@@ -322,19 +356,12 @@ def scratch_checkpoint(job: Job, workspace: Path) -> Path:
     from nnssl_ext.engine.checkpoint import build_checkpoint, save_checkpoint
     from nnssl_ext.trainers.mae import MAETrainer
 
-    plan = make_plan(job.protocol.backbone, PROBE_PATCH, job.protocol.batch_size)
+    plan = make_plan(job.protocol, PROBE_PATCH)
     trainer = MAETrainer.configured([f"block_size={SMALL['block_size']}"], job.protocol.backbone)
-    path = workspace / "learning" / "runs" / job.key / "checkpoint_final.pth"
+    path = run_folder(job, workspace) / "checkpoint_final.pth"
     task = trainer.build_task(plan.configuration("3d_fullres"), NUM_UNLABELLED)
     save_checkpoint(path, build_checkpoint(task, trainer, plan, content_hashes=[]))
     return path
-
-
-def without_nan(values: Any) -> Any:
-    """Nested lists with null for what is undefined, which JSON can hold."""
-    if isinstance(values, np.ndarray | list | tuple):
-        return [without_nan(value) for value in values]
-    return float(values) if np.isfinite(values) else None
 
 
 def run_all(jobs: Sequence[Job], args: argparse.Namespace) -> list[str]:
@@ -365,7 +392,7 @@ def read_results(jobs: Sequence[Job], workspace: Path) -> Results:
     for job in jobs:
         path = workspace / "learning" / "results" / f"{job.key}.json"
         if path.is_file():
-            found[job.trainer or job.protocol.backbone, job.arm, job.seed] = json.loads(path.read_text())
+            found[job.trainer or job.protocol.reference, job.arm, job.seed] = json.loads(path.read_text())
     return found
 
 
@@ -383,19 +410,21 @@ def summarise(
         records = [record for key, record in sorted(results.items()) if key[:2] == (trainer, "method")]
         if not records:
             continue
-        backbone = records[0]["protocol"]["backbone"]
-        words, text = gate([record["pretext"] for record in records])
-        method, sham, random = scores(trainer, "method"), scores(trainer, "sham"), scores(backbone, "random")
+        shams = [record for key, record in sorted(results.items()) if key[:2] == (trainer, "sham")]
+        words, text = gate([record["pretext"] for record in records], [record["pretext"] for record in shams])
+        net = read_protocol(records[0]["protocol"]).reference
+        method, sham, random = scores(trainer, "method"), scores(trainer, "sham"), scores(net, "random")
         beside_sham = compare(method, sham, f"{trainer} sham")
-        row = {"trainer": trainer, "backbone": backbone, "seeds": sorted(method), "pretext": text, "gate": words}
+        row = {"trainer": trainer, "net": net, "seeds": sorted(method), "pretext": text, "gate": words}
         for arm, found in (("dice", method), ("sham", sham), ("random", random)):
             row[arm] = float(np.nanmean(list(found.values()))) if found else None
         row["over_random"] = compare(method, random, f"{trainer} random")
         row["over_sham"] = beside_sham
-        tuned, scratch = scores(trainer, "method", "fine_tuned"), scores(backbone, "random", "fine_tuned")
+        tuned, scratch = scores(trainer, "method", "fine_tuned"), scores(net, "random", "fine_tuned")
         row["fine_tuned_over_scratch"] = compare(tuned, scratch, f"{trainer} fine-tuned")
         row["verdict"] = verdict(beside_sham)
-        row["core_seconds"] = float(np.mean([record["training_cpu_seconds"] for record in records]))
+        whole = [record["training_cpu_seconds"] for record in records if record["training_cpu_seconds"] is not None]
+        row["core_seconds"] = float(np.mean(whole)) if whole else None
         rows.append(row)
     return rows
 
@@ -407,15 +436,18 @@ def write_table(rows: Sequence[Mapping[str, Any]], folder: Path, command: str) -
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         limit = row["over_sham"].undecidable_below if row["over_sham"] else None
-        cells = [row["trainer"], row["backbone"], len(row["seeds"]), row["pretext"], row["gate"]]
+        cells = [row["trainer"], row["net"], len(row["seeds"]), row["pretext"], row["gate"]]
         cells += [number(row[arm]) for arm in ("dice", "sham", "random")]
         cells += [row["over_random"] or "-", row["over_sham"] or "-", number(limit)]
-        cells += [row["fine_tuned_over_scratch"] or "-", row["verdict"], f"{row['core_seconds']:.0f}"]
+        cells += [row["fine_tuned_over_scratch"] or "-", row["verdict"], number(row["core_seconds"], 0)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     text = "\n".join(lines) + (
         "\n\nDice: foreground, linear probe on frozen features, mean over label subsets, test cases and seeds. In "
-        "brackets: 95% of a bootstrap over seeds and cases. A difference below its column's figure is within the luck "
-        f"of the trainings.\nMade by: {command}\n"
+        "brackets: 95% of a bootstrap over seeds and cases. A difference with a question mark is one that these seeds "
+        "and cases cannot decide: its interval holds 0, or it is within the luck of the trainings, which is given for "
+        "the one over sham. Sham, beside a pretext metric: the value of a network that was asked for another case than "
+        "the one it saw. A derived contrast makes a smoke test, which shows nothing of a method's worth.\n"
+        f"Made by: {command}\n"
     )
     plain = [{k: asdict(v) if isinstance(v, Difference) else v for k, v in row.items()} for row in rows]
     (folder / "table.json").write_text(json.dumps(plain, indent=2) + "\n")
@@ -423,16 +455,20 @@ def write_table(rows: Sequence[Mapping[str, Any]], folder: Path, command: str) -
     return text
 
 
-def number(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "-" if value is None else f"{value:.3f}"
+def number(value: float | None, digits: int = 3) -> str:
+    """With so many digits, or a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def read_job(text: str) -> Job:
     """A job as `run_all` hands it to a process."""
     values = json.loads(text)
-    protocol = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("protocol").items()}
-    return Job(protocol=Protocol(**protocol), **values)
+    return Job(protocol=read_protocol(values.pop("protocol")), **values)
+
+
+def read_protocol(values: Mapping[str, Any]) -> Protocol:
+    """A protocol as JSON holds it."""
+    return Protocol(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -450,7 +486,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = make_jobs(args)
     failed = []
     if not args.table:
-        prepare(args.source, args.workspace)
+        prepare(args.source, args.workspace, any(job.protocol.channels > 1 for job in jobs))
         failed = run_all(jobs, args)
     words = " ".join(Path(word).name for word in (sys.argv[1:] if argv is None else argv))
     rows = summarise(read_results(jobs, args.workspace), args.trainers)

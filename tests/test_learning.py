@@ -10,14 +10,12 @@ import pytest
 from benchmarks.learning import (
     Job,
     make_jobs,
-    pretext_metrics,
     protocol_of,
     read_job,
     summarise,
-    without_nan,
     write_table,
 )
-from nnssl_ext.evaluation.learning import Difference, case_dice, compare, gate, verdict
+from nnssl_ext.evaluation.learning import Difference, case_dice, compare, gate, pretext_metrics, verdict, without_nan
 
 NAN = float("nan")
 
@@ -32,7 +30,7 @@ def record(arm: str, level: float, seed: int) -> dict:
         "protocol": {"backbone": "cnn"},
         "training_cpu_seconds": 100,
     }
-    return {**found, "pretext": {"mse": [0.5, 0.9]}} if arm == "method" else found
+    return {**found, "pretext": {"mse": [0.5 if arm == "method" else 0.85, 0.9]}}
 
 
 def results(method: float, sham: float, random: float, spread: float = 0.01) -> dict:
@@ -60,6 +58,22 @@ def test_luck_of_seeds_makes_a_difference_undecided():
     (row,) = summarise(results(0.52, 0.45, 0.35, spread=0.1), ["FooTrainer"])
     assert row["verdict"] == "undecided"
     assert row["over_sham"].undecidable_below > 0.07
+
+
+@pytest.mark.parametrize(
+    ("difference", "decided"),
+    [
+        (Difference(0.1, 0.05, 0.15, 0.04, 3), True),
+        (Difference(-0.1, -0.15, -0.05, 0.04, 3), True),
+        (Difference(0.1, -0.01, 0.2, 0.04, 3), False),
+        (Difference(0.1, 0.05, 0.15, 0.12, 3), False),
+        (Difference(0.1, 0.05, 0.15, None, 1), False),
+    ],
+)
+def test_a_difference_that_cannot_be_decided_bears_a_question_mark(difference, decided):
+    """Catches a table that shows differences within the luck of the trainings like any other."""
+    assert difference.decided is decided
+    assert str(difference).endswith("]" if decided else "]?")
 
 
 @pytest.mark.parametrize(
@@ -98,22 +112,50 @@ def test_dice_of_a_case_is_the_mean_of_what_is_defined():
     assert case_dice({"tuned": {"dice": dice[1]}}, "tuned").tolist() == pytest.approx([0.5, NAN], nan_ok=True)
 
 
-def test_pretext_metrics_are_the_last_epoch_s_with_chance(tmp_path):
-    rows = [{"val_mse": 0.8, "val_mse_chance": 0.9}, {"val_mse": 0.5, "val_mse_chance": 0.9, "val_loss": 1.0}]
-    rows[1]["same_case_retrieval"], rows[1]["same_case_retrieval_chance"] = 0.5, 0.1
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert pretext_metrics(path) == {"mse": [0.5, 0.9]}
+def test_pretext_metrics_are_those_of_held_out_cases_with_something_to_beat():
+    epoch = {"val_mse": 0.5, "val_mse_chance": 0.9, "val_mse_other_case": 0.6, "val_loss": 1.0, "train_mse": 0.4}
+    monitors = {"train_mse_chance": 0.8, "same_case_retrieval": 0.5, "same_case_retrieval_chance": 0.1}
+    expected = {"mse": [0.5, 0.9], "mse by the second view": [0.5, 0.6]}
+    assert pretext_metrics(epoch | monitors) == expected
+
+
+def test_a_method_that_does_not_look_at_its_second_view_passes_in_part():
+    """Catches a gate that takes beating the mean for looking where the method should look."""
+    words, text = gate([{"mse": [0.94, 1.0], "mse by the second view": [0.941, 0.94]}])
+    assert words == "in part"
+    assert text == "mse 0.940 (chance 1.000); mse by the second view 0.941 (chance 0.940)"
+
+
+def test_the_sham_s_own_metric_stands_beside_but_decides_nothing():
+    sham = [{"mse": [0.7, 0.9]}, {"mse": [0.8, 0.9]}]
+    assert gate([{"mse": [0.85, 0.9]}], sham) == ("passed", "mse 0.850 (chance 0.900, sham 0.750)")
 
 
 def test_another_protocol_is_another_job_and_survives_the_way_to_its_process():
     protocol = protocol_of("MAETrainer", {"MAETrainer": {"steps": 20, "settings": ["optim.lr=1e-4"]}})
+    assert protocol.channels == 1
     assert protocol.settings == ("block_size=8", "schedule.warmup_steps=2", "optim.lr=1e-4")
     job = Job("MAETrainer", "method", 3, protocol, fine_tune=True)
     assert read_job(json.dumps({**vars(job), "protocol": vars(protocol)})) == job
     assert replace(job, protocol=protocol_of("MAETrainer", {})).key != job.key
     with pytest.raises(ValueError, match="no field 'stepz'"):
         protocol_of("MAETrainer", {"MAETrainer": {"stepz": 20}})
+
+
+def test_two_channels_have_datasets_and_random_features_of_their_own():
+    """Catches a smoke test's method beside random features of other images."""
+    args = Namespace(
+        trainers=["SimMIMTrainer", "MultiMAETrainer"], seeds=[0], settings=None, no_sham=True, fine_tune=False
+    )
+    jobs = make_jobs(args)
+    assert [(job.trainer, job.protocol.reference) for job in jobs] == [
+        ("", "vit"),
+        ("", "vit, derived contrast"),
+        ("SimMIMTrainer", "vit"),
+        ("MultiMAETrainer", "vit, derived contrast"),
+    ]
+    assert [job.protocol.dataset(4) for job in jobs] == [4, 104, 4, 104]
+    assert len({job.key for job in jobs}) == len(jobs)
 
 
 def test_every_arm_is_asked_for_once():
@@ -130,5 +172,17 @@ def test_the_table_shows_every_column_and_is_json_too(tmp_path):
     head, line, row = text.splitlines()[:3]
     assert head.count("|") == line.count("|") == row.count("|")
     assert "| 0.596 | 0.446 | 0.346 | +0.250 [" in row
-    assert "mse 0.500 (chance 0.900) | passed" in row
+    assert "mse 0.500 (chance 0.900, sham 0.850) | passed" in row
+    assert row.endswith("| 100 |")
     assert json.loads((tmp_path / "table.json").read_text())[0]["over_sham"]["num_seeds"] == 3
+
+
+def test_seconds_of_runs_that_were_cut_do_not_count(tmp_path):
+    """Catches a run whose last process did a tenth of its steps and claims a tenth of its time."""
+    whole = results(0.6, 0.45, 0.35)
+    whole["FooTrainer", "method", 0]["training_cpu_seconds"] = None
+    assert summarise(whole, ["FooTrainer"])[0]["core_seconds"] == 100
+    for seed in (1, 2):
+        whole["FooTrainer", "method", seed]["training_cpu_seconds"] = None
+    rows = summarise(whole, ["FooTrainer"])
+    assert write_table(rows, tmp_path, "the command").splitlines()[2].endswith("| - |")

@@ -13,6 +13,8 @@ from nnssl_ext.evaluation.statistics import Array, bootstrap_interval, undecidab
 
 HIGHER_IS_BETTER = ("accuracy", "retrieval", "known", "dice", "iou", "hit", "rank", "agreement")
 """In the names of metrics that rise; all others are errors."""
+_BEATEN = {"_chance": "", "_other_case": " by the second view"}
+"""Ends of the names of metrics that another one should beat, and what is then added to its name."""
 
 
 def case_dice(record: Mapping[str, Any], source: str) -> Array:
@@ -22,6 +24,13 @@ def case_dice(record: Mapping[str, Any], source: str) -> Array:
     defined = np.isfinite(values)
     counts, totals = defined.sum(axis=(0, 2)), np.where(defined, values, 0).sum(axis=(0, 2))
     return np.divide(totals, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+
+def without_nan(values: Any) -> Any:
+    """Nested lists with null for what is undefined, which JSON can hold."""
+    if isinstance(values, np.ndarray | list | tuple):
+        return [without_nan(value) for value in values]
+    return float(values) if np.isfinite(values) else None
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,14 @@ class Difference:
     """What the luck of the trainings alone could make; None with one seed."""
     num_seeds: int
 
+    @property
+    def decided(self) -> bool:
+        """Whether the luck of the trainings could not make it, and its interval leaves 0 out."""
+        limit = self.undecidable_below
+        return limit is not None and abs(self.mean) > limit and not self.low <= 0 <= self.high
+
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]{'' if self.decided else '?'}"
 
 
 def compare(arm: Mapping[int, Array], reference: Mapping[int, Array], name: str) -> Difference | None:
@@ -58,15 +73,37 @@ def verdict(difference: Difference | None) -> str:
         return "no sham"
     if difference.undecidable_below is None:
         return "undecided (one seed)"
-    if difference.low > 0 and difference.mean > difference.undecidable_below:
-        return "beats sham"
     if difference.mean <= 0:
         return "does not help here"
-    return "undecided"
+    return "beats sham" if difference.decided else "undecided"
 
 
-def gate(pretext: Sequence[Mapping[str, Sequence[float]]]) -> tuple[str, str]:
-    """Whether every seed beats chance on held-out cases, and the metrics beside their chance, for the table."""
+def pretext_metrics(epoch: Mapping[str, float]) -> dict[str, list[float]]:
+    """The metrics of an epoch on held-out cases that have something to beat: name to value and that.
+
+    It is chance; for a method that restores by a second view it is also the error with another case's.
+
+    Args:
+        epoch: A line of `metrics.jsonl`.
+    """
+    found = {}
+    for suffix, words in _BEATEN.items():
+        for name in sorted(name.removesuffix(suffix) for name in epoch if name.endswith(suffix)):
+            if name.startswith("val_"):
+                found[name.removeprefix("val_") + words] = [epoch[name], epoch[name + suffix]]
+    return found
+
+
+def gate(
+    pretext: Sequence[Mapping[str, Sequence[float]]], sham: Sequence[Mapping[str, Sequence[float]]] = ()
+) -> tuple[str, str]:
+    """Whether every seed beats chance on held-out cases, and the metrics beside their chance, for the table.
+
+    Args:
+        pretext: Of each seed: name to value and chance.
+        sham: The same of sham runs, for the table alone. Their value is what knowing all cases' average gives: they
+            were asked for another case than the one they saw.
+    """
     if not pretext or not pretext[0]:
         return "no chance known", "-"
     texts, beaten = [], []
@@ -75,6 +112,8 @@ def gate(pretext: Sequence[Mapping[str, Sequence[float]]]) -> tuple[str, str]:
         rising = any(word in name for word in HIGHER_IS_BETTER)
         better = pairs[:, 0] > pairs[:, 1] if rising else pairs[:, 0] < pairs[:, 1]
         beaten.append(bool(better.all()))
-        texts.append(f"{name} {pairs[:, 0].mean():.3f} (chance {pairs[:, 1].mean():.3f})")
+        blind = [record[name][0] for record in sham if name in record]
+        beside = f", sham {np.mean(blind):.3f}" if blind else ""
+        texts.append(f"{name} {pairs[:, 0].mean():.3f} (chance {pairs[:, 1].mean():.3f}{beside})")
     words = "passed" if all(beaten) else "failed" if not any(beaten) else "in part"
     return words, "; ".join(texts)
