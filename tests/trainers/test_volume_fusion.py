@@ -13,6 +13,7 @@ from nnssl_ext.trainers.volume_fusion import (
     VolumeFusion,
     VolumeFusionConfig,
     VolumeFusionTrainer,
+    class_accuracy,
     fused,
     share_classes,
 )
@@ -133,15 +134,29 @@ def test_chance_is_to_know_how_often_each_class_occurs(tiny_plan, patch_size):
     with torch.no_grad():
         output = task(views)
     real = views["valid"]
-    right = (output.images["output"] == views["classes"])[real].float().mean()
+    told, classes = output.images["output"][real], views["classes"][real]
+    rates = [(told[classes == value] == value).float().mean() for value in classes.unique()]
     counts = torch.bincount(views["classes"][real])
     frequencies = torch.distributions.Categorical(counts.float())
     assert output.metrics["cross_entropy_chance"].item() == pytest.approx(frequencies.entropy().item(), rel=1e-5)
-    assert output.metrics["accuracy"].item() == pytest.approx(right.item())
-    assert output.metrics["accuracy_chance"].item() == pytest.approx((counts.max() / counts.sum()).item())
+    assert output.metrics["accuracy"].item() == pytest.approx(torch.stack(rates).mean().item())
+    assert output.metrics["accuracy_chance"].item() == pytest.approx(1 / len(rates))
     assert output.loss.item() == pytest.approx(
         (output.metrics["dice_loss"] + output.metrics["cross_entropy"]).item(), rel=1e-6
     )
+
+
+def test_who_does_not_look_at_the_image_is_at_chance_whatever_he_tells():
+    """Catches an accuracy of all voxels together, which is .7 for always telling the commonest class."""
+    classes = torch.tensor([0] * 7 + [2, 2, 3]).view(1, 1, 10)
+    valid, counts = torch.ones_like(classes, dtype=torch.bool), torch.tensor([7, 0, 2, 1])
+    for value in (0, 2, 3):
+        accuracy, chance = class_accuracy(torch.full_like(classes, value), classes, valid, counts)
+        assert (accuracy.item(), chance.item()) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert class_accuracy(torch.full_like(classes, 1), classes, valid, counts)[0] == 0
+    assert class_accuracy(classes, classes, valid, counts)[0] == 1
+    padded = valid & (classes != 3)
+    assert class_accuracy(classes, classes, padded, torch.tensor([7, 0, 2, 0]))[0] == 1
 
 
 def test_volumes_move_on_their_own_in_training(tiny_plan, patch_size):
