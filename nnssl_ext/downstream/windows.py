@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from math import prod
 
 import torch
 from torch.nn import functional
@@ -12,6 +13,8 @@ from torch.nn import functional
 from nnssl_ext.downstream.frozen import Frozen
 
 WINDOWS_AT_ONCE = 8
+VOXELS_AT_ONCE = 1 << 21
+"""Windows go through the network together while they hold no more voxels than this; one does in any case."""
 INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
 
@@ -25,7 +28,9 @@ class Window:
     """The voxels of the volume that it answers for; those of all windows tile the volume."""
 
 
-def windows(shape: Sequence[int], size: Sequence[int], overlap: float = 0.5) -> list[Window]:
+def windows(
+    shape: Sequence[int], size: Sequence[int], overlap: float = 0.5, multiple: Sequence[int] = (1, 1, 1)
+) -> list[Window]:
     """Windows over a volume, evenly spaced, as few as overlap by at least a given share.
 
     Every voxel belongs to the window whose middle is nearest along each axis, where features know most of what is
@@ -35,15 +40,17 @@ def windows(shape: Sequence[int], size: Sequence[int], overlap: float = 0.5) -> 
         shape: Of the volume.
         size: Of a window.
         overlap: Least share of an edge that neighbours have in common, in [0, 1).
+        multiple: Windows start at multiples of these numbers of voxels, which divide the window's edges; the last ones
+            may end beyond the volume.
     """
-    axes = [_along_axis(full, edge, overlap) for full, edge in zip(shape, size, strict=True)]
+    axes = [_along_axis(*axis, overlap) for axis in zip(shape, size, multiple[-len(shape) :], strict=True)]
     return [Window(tuple(low for low, _ in sides), tuple(own for _, own in sides)) for sides in product(*axes)]
 
 
-def _along_axis(full: int, edge: int, overlap: float) -> list[tuple[int, slice]]:
-    room = max(full - edge, 0)
-    steps = -(-room // max(int(edge * (1 - overlap)), 1))
-    starts = [round(room * number / steps) for number in range(steps + 1)] if steps else [0]
+def _along_axis(full: int, edge: int, multiple: int, overlap: float) -> list[tuple[int, slice]]:
+    room = max(-(-full // multiple) - edge // multiple, 0)
+    steps = -(-room // max(int(edge * (1 - overlap)) // multiple, 1))
+    starts = [round(room * number / steps) * multiple for number in range(steps + 1)] if steps else [0]
     borders = [(a + b + edge) // 2 for a, b in pairwise(starts)]
     return [(low, slice(*ends)) for low, *ends in zip(starts, [0, *borders], [*borders, full], strict=True)]
 
@@ -67,16 +74,22 @@ def scan(frozen: Frozen, data: torch.Tensor) -> Iterator[tuple[Window, list[torc
     Yields:
         The window, and maps (1, channels, *size) of its `dims` spatial dimensions.
     """
-    size = window_size(frozen)
-    device = next(frozen.encoder.parameters()).device
-    every = windows(data.shape[1:], size)
-    for start in range(0, len(every), WINDOWS_AT_ONCE):
-        some = every[start : start + WINDOWS_AT_ONCE]
-        crops = torch.stack([crop_window(data, window, size) for window in some])
-        crops = crops.reshape(*crops.shape[:2], *frozen.configuration.patch_size).to(device)
+    for some, crops in batches(frozen, data, windows(data.shape[1:], window_size(frozen))):
         maps = [features.float() for features in frozen.encoder.feature_maps(crops)]
         for number, window in enumerate(some):
             yield window, [features[number : number + 1] for features in maps]
+
+
+def batches(
+    frozen: Frozen, data: torch.Tensor, every: Sequence[Window]
+) -> Iterator[tuple[Sequence[Window], torch.Tensor]]:
+    """Windows of a volume (C, Z, Y, X), some at a time, with their voxels (n, C, *patch) on the encoder's device."""
+    size, device = window_size(frozen), next(frozen.encoder.parameters()).device
+    together = min(max(VOXELS_AT_ONCE // prod(size), 1), WINDOWS_AT_ONCE)
+    for start in range(0, len(every), together):
+        some = every[start : start + together]
+        crops = torch.stack([crop_window(data, window, size) for window in some])
+        yield some, crops.reshape(*crops.shape[:2], *frozen.configuration.patch_size).to(device)
 
 
 def window_size(frozen: Frozen) -> tuple[int, ...]:
