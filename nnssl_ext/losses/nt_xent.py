@@ -17,6 +17,7 @@ def nt_xent(
     second: torch.Tensor,
     temperature: float,
     cases: torch.Tensor | None = None,
+    keys: tuple[torch.Tensor, torch.Tensor] | None = None,
     earlier: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised, temperature-scaled cross-entropy: each view has to find its other one among the views of the batch.
@@ -29,7 +30,9 @@ def nt_xent(
         second: (B, D), the other one; as many on every rank.
         temperature: Divides the cosines, above 0.
         cases: (B,), int64: samples of the same case are no negatives of each other. None: all are.
-        earlier: Further negatives (Q, D), the same on all ranks, and which are left out (B, Q), bool. None: none.
+        keys: The candidates in place of the views, each (B, D): what a slow copy of the network makes of the two views.
+        earlier: Further negatives (Q, D), the same on all ranks, and which are left out (B, Q), bool. They have to come
+            from what made the keys, else telling the two networks apart beats chance. None: none.
 
     Returns:
         The loss, 0 or more; and its chance level, the mean logarithm of the number of candidates. Both are 0 where no
@@ -37,7 +40,8 @@ def nt_xent(
     """
     with torch.autocast(first.device.type, enabled=False):
         own = functional.normalize(torch.stack([first, second]).float(), dim=2)
-        everyone = gather_rows(own.transpose(0, 1)).transpose(0, 1)  # (2, samples of all ranks, D)
+        compared = own if keys is None else functional.normalize(torch.stack(keys).float(), dim=2)
+        everyone = gather_rows(compared.transpose(0, 1)).transpose(0, 1)  # (2, samples of all ranks, D)
         candidates = everyone.flatten(0, 1)
         if earlier is not None:
             candidates = torch.cat([candidates, functional.normalize(earlier[0].float(), dim=1)])

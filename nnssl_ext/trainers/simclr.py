@@ -2,12 +2,13 @@
 
 Two overlapping crops of each sample are moved and recoloured on their own; the descriptor of each, through a small
 projector, has to find that of the other among those of all other cases. Batches of volumes hold 2 to 8 cases, which is
-next to nothing to compare with, so a queue remembers what a slow copy of the network made of earlier cases.
+next to nothing to compare with, so a queue remembers what a slow copy of the network made of earlier cases; the views
+that are looked for come from that copy too.
 
 Papers: Chen et al. 2020 (arXiv:2002.05709), and He et al. 2020 (arXiv:1911.05722) for the queue. Other than there, what
 the queue or the batch holds of the same case is no negative, the queue is never longer than there are other cases, and
 descriptors are standardised by running moments before the projector, since instance-normalised networks make them
-nearly the same for all images.
+nearly the same for all images. Without a queue it is SimCLR as published, with gradients through both views.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class SimCLR(PretextTask):
     config: SimCLRConfig
 
     def __init__(self, config: SimCLRConfig, configuration: Configuration, num_cases: int) -> None:
-        """Builds encoder, projector, queue, and the slow copy that fills it.
+        """Builds encoder and projector; and the queue and the slow copy that fills it, where there is one.
 
         Raises:
             ValueError: Where views do not fit the network, or a view has nothing to be told from.
@@ -109,7 +110,8 @@ class SimCLR(PretextTask):
         self.standard, self.teacher_standard = Standardise(width), Standardise(width)
         self.projector = perceptron([width, config.hidden_width, config.hidden_width, config.width])
         self.queue = FeatureQueue(length, config.width)
-        self.teacher = Teacher(encoder=self.encoder, projector=self.projector)
+        if length:
+            self.teacher = Teacher(encoder=self.encoder, projector=self.projector)
 
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
         """Two crops of each sample; only in training they are moved and recoloured.
@@ -131,16 +133,14 @@ class SimCLR(PretextTask):
     def forward(self, views: Views) -> StepOutput:
         """The contrast beside the logarithm of the number of candidates, which it is at chance."""
         case, partner = views["case"], views["partner"]
-        ours = descriptor(self.encoder(torch.cat([views["first"], views["second"]])))
-        with torch.autocast(ours.device.type, enabled=False):
-            first, second = self.projector(self.standard(ours)).chunk(2)
-        keys = self.queue.keys
-        left_out = (keys == EMPTY) | (keys == case[:, None]) | (keys == case[partner, None])
-        earlier = (self.queue.rows, left_out)
-        loss, chance = nt_xent(first, second[partner], self.config.temperature, case, earlier)
+        images = torch.cat([views["first"], views["second"]])
+        ours = descriptor(self.encoder(images))
         if self.training:
             self.standard.collect(ours)
-            self._remember(views["first"], case)
+        with torch.autocast(ours.device.type, enabled=False):
+            first, second = self.projector(self.standard(ours)).chunk(2)
+        keys, earlier = self._candidates(images, case, partner) if len(self.queue.keys) else (None, None)
+        loss, chance = nt_xent(first, second[partner], self.config.temperature, case, keys, earlier)
         return StepOutput(
             loss=loss,
             metrics={"contrast": loss.detach(), "contrast_chance": chance},
@@ -149,21 +149,35 @@ class SimCLR(PretextTask):
         )
 
     @torch.no_grad()
-    def _remember(self, images: torch.Tensor, case: torch.Tensor) -> None:
-        """Puts what the slow copy makes of one view of each case of all ranks into the queue."""
-        if not len(self.queue.keys):
-            return
+    def _candidates(
+        self, images: torch.Tensor, case: torch.Tensor, partner: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """What the slow copy makes of both views; and the queue as it is, with what is left out of it.
+
+        In training the queue then takes up the first views.
+
+        Args:
+            images: (2B, C, *size), the first views before the second ones.
+            case: (B,).
+            partner: (B,).
+        """
         theirs = descriptor(self.teacher.encoder(images))
-        self.teacher_standard.collect(theirs)
         with torch.autocast(theirs.device.type, enabled=False):
-            rows = self.teacher.projector(self.teacher_standard(theirs))
-        self.queue.push(all_rows(rows), all_rows(case))
+            first, second = self.teacher.projector(self.teacher_standard(theirs)).chunk(2)
+        known = self.queue.keys
+        left_out = (known == EMPTY) | (known == case[:, None]) | (known == case[partner, None])
+        earlier = (self.queue.rows.clone(), left_out)
+        if self.training:
+            self.teacher_standard.collect(theirs)
+            self.queue.push(all_rows(first), all_rows(case))
+        return (first, second[partner]), earlier
 
     def after_step(self, step: int, total: int) -> None:
         """Takes up the moments of the descriptors, and moves the slow copy."""
         self.standard.update()
-        self.teacher_standard.update()
-        self.teacher.follow(self.config.queue_momentum, encoder=self.encoder, projector=self.projector)
+        if len(self.queue.keys):
+            self.teacher_standard.update()
+            self.teacher.follow(self.config.queue_momentum, encoder=self.encoder, projector=self.projector)
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The view to find is another case's; see `PretextTask.sham`."""

@@ -53,7 +53,7 @@ def test_further_negatives_count_but_where_they_are_left_out():
     """Catches a queue whose lengths count, and one that is left out for one of the two views alone."""
     (first, second), extra = views(2), 7 * torch.eye(3, 4)
     left_out = torch.tensor([[True, False, False], [False, True, True]])
-    loss, chance = nt_xent(first, second, TEMPERATURE, None, (extra, left_out))
+    loss, chance = nt_xent(first, second, TEMPERATURE, earlier=(extra, left_out))
     rows, losses, numbers = torch.nn.functional.normalize(torch.cat([first, second]), dim=1), [], []
     for i in range(4):
         others = [rows[j] for j in range(4) if j not in (i, (i + 2) % 4)]
