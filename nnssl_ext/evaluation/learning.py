@@ -13,7 +13,7 @@ from nnssl_ext.evaluation.statistics import Array, bootstrap_interval, undecidab
 
 HIGHER_IS_BETTER = ("accuracy", "retrieval", "known", "dice", "iou", "hit", "rank", "agreement")
 """In the names of metrics that rise; all others are errors."""
-_BEATEN = {"_chance": "", "_other_case": " by the second view"}
+_BEATEN = {"_chance": "", "_untouched": " over the damaged input", "_other_case": " by the second view"}
 """Ends of the names of metrics that another one should beat, and what is then added to its name."""
 
 
@@ -81,7 +81,8 @@ def verdict(difference: Difference | None) -> str:
 def pretext_metrics(epoch: Mapping[str, float]) -> dict[str, list[float]]:
     """The metrics of an epoch on held-out cases that have something to beat: name to value and that.
 
-    It is chance; for a method that restores by a second view it is also the error with another case's.
+    It is chance; of a method that undoes damage also the error of leaving it, and of one that restores by a second view
+    also its own error with another case's.
 
     Args:
         epoch: A line of `metrics.jsonl`.

@@ -11,8 +11,11 @@ Error = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(prediction, target, hidden, valid) -> scalar, as `masked_mse`."""
 
 
-def trivial_error(error: Error, image: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-    """The chance level of a restoration: the smaller error of leaving images as they are and of giving their true mean.
+def trivial_errors(error: Error, image: Tensor, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """What a restoration has to beat: the error of giving each image's true mean, and of leaving images as they are.
+
+    Which of the two is smaller is for a whole validation to say. Taking the smaller one of each batch would be to know
+    beforehand which images were damaged little, the more so the smaller the batch.
 
     Args:
         error: The error of the restoration.
@@ -21,10 +24,10 @@ def trivial_error(error: Error, image: Tensor, target: Tensor, counted: Tensor) 
         counted: (B, 1, *patch), bool: the voxels asked for, False on padding.
 
     Returns:
-        A scalar. The mean is that of each target's counted voxels by channel, which the network is not told.
+        Two scalars. The mean is that of each target's counted voxels by channel, which the network is not told.
     """
     axes = tuple(range(2, target.ndim))
     count = counted.sum(axes, keepdim=True).clamp(min=1)
     mean = torch.where(counted, target.float(), 0.0).sum(axes, keepdim=True) / count
-    guesses = (image, mean.expand_as(target))
-    return torch.stack([error(guess, target, counted, counted) for guess in guesses]).amin(0)
+    constant, untouched = (error(guess, target, counted, counted) for guess in (mean.expand_as(target), image))
+    return constant, untouched

@@ -32,7 +32,7 @@ from nnssl_ext.engine.task import (
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_l1
 from nnssl_ext.losses.nt_xent import check_negatives, nt_xent
-from nnssl_ext.losses.restoration import trivial_error
+from nnssl_ext.losses.restoration import trivial_errors
 from nnssl_ext.models.backbone import export_network, is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.models.queue import case_keys
@@ -138,9 +138,11 @@ class Inpainting(PretextTask):
         first, second = pooled.chunk(2)
         error = masked_l1(output, target, valid, valid)
         contrast, chance = nt_xent(first, second[views["partner"]], self.config.temperature, views["case"])
+        constant, untouched = trivial_errors(masked_l1, image, target, valid)
         metrics = {
             "l1": error.detach(),
-            "l1_chance": trivial_error(masked_l1, image, target, valid),
+            "l1_chance": constant,
+            "l1_untouched": untouched,
             "contrast": contrast.detach(),
             "contrast_chance": chance,
         }

@@ -21,7 +21,7 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_mse
-from nnssl_ext.losses.restoration import trivial_error
+from nnssl_ext.losses.restoration import trivial_errors
 from nnssl_ext.models.backbone import export_network, is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.planners.plan import Configuration
@@ -111,11 +111,12 @@ class ModelsGenesis(PretextTask):
         return views
 
     def forward(self, views: Views) -> StepOutput:
-        """The error over all real voxels, beside that of leaving the damage or guessing a constant."""
+        """The error over all real voxels, beside that of guessing a constant (`mse_chance`) or leaving the damage."""
         target, image, valid = views["target"], views["image"], views["valid"]
         output, _ = run_dense(self.encoder, self.decoder, image, valid, views.get("kept"))
         loss = masked_mse(output, target, valid, valid)
-        metrics = {"mse": loss.detach(), "mse_chance": trivial_error(masked_mse, image, target, valid)}
+        constant, untouched = trivial_errors(masked_mse, image, target, valid)
+        metrics = {"mse": loss.detach(), "mse_chance": constant, "mse_untouched": untouched}
         images = None if self.training else {"input": target, "damaged": image, "output": output.detach()}
         return StepOutput(loss=loss, metrics=metrics, images=images)
 

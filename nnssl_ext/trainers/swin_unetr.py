@@ -34,7 +34,7 @@ from nnssl_ext.engine.task import (
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_l1
 from nnssl_ext.losses.nt_xent import check_negatives, nt_xent
-from nnssl_ext.losses.restoration import trivial_error
+from nnssl_ext.losses.restoration import trivial_errors
 from nnssl_ext.models.backbone import export_network, is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.models.queue import case_keys
@@ -150,13 +150,15 @@ class SwinUNETR(PretextTask):
         turn = (functional.cross_entropy(logits, turns, reduction="none") * fair).mean()
         contrast, chance = nt_xent(first, second[views["partner"]], self.config.temperature, views["case"])
         error = masked_l1(output, target, asked, asked)
+        constant, untouched = trivial_errors(masked_l1, image, target, asked)
         metrics = {
             "turn_accuracy": (fair & (logits.detach().argmax(1) == turns)).sum() / fair.sum().clamp(min=1),
             "turn_accuracy_chance": torch.full((), 1 / NUM_TURNS, device=target.device),
             "contrast": contrast.detach(),
             "contrast_chance": chance,
             "l1": error.detach(),
-            "l1_chance": trivial_error(masked_l1, image, target, asked),
+            "l1_chance": constant,
+            "l1_untouched": untouched,
         }
         weights = self.config.weights
         pictures = {"input": target, "masked": image, "output": output.detach()}

@@ -130,12 +130,16 @@ def test_the_loss_is_the_error_over_the_crop_and_chance_a_constant(tiny_plan, pa
     views = task.views(make_batch(patch_size), RANDOM, train=False)
     with torch.no_grad():
         output = task(views)
-    errors, spread = [], []
-    for restored, target, valid in zip(output.images["output"], views["target"], views["valid"], strict=True):
+    errors, spread, damage = [], [], []
+    for row, (restored, target, valid) in enumerate(
+        zip(output.images["output"], views["target"], views["valid"], strict=True)
+    ):
         errors.append(((restored - target)[valid] ** 2).mean())
+        damage.append(((views["image"][row] - target)[valid] ** 2).mean())
         spread.append(target[valid].var(correction=0))
     assert output.loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-5)
     assert output.metrics["mse_chance"].item() == pytest.approx(torch.stack(spread).mean().item(), rel=1e-4)
+    assert output.metrics["mse_untouched"].item() == pytest.approx(torch.stack(damage).mean().item(), rel=1e-4)
 
 
 def test_a_sham_asks_for_another_case(tiny_plan, patch_size):
