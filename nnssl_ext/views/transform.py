@@ -16,8 +16,8 @@ from torch.nn import functional as F
 _TINY = 1e-6
 _MOST_SHRUNK = 0.25
 """No view is shrunk further to lie inside: of a volume of a few slices hardly a point would be left."""
-_MIN_WEIGHT = 1 - 1e-3
-"""Interpolation weight on real voxels from which a view's voxel is valid: 1 but for rounding of coordinates."""
+_ROUNDING = 1e-3
+"""How far, in voxels, a point may seem to be outside, and how much of its interpolation weight, by rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ def place_view(
 
 
 def apply_transform(data: Tensor, valid: Tensor, transform: SpatialTransform) -> SpatialView:
-    """Resamples data (linearly) and validity (strictly) in one pass."""
+    """Resamples data (linearly) and validity (strictly) in one pass.
+
+    A CPU takes one sample after another: validity is interpolated for those only that hold padding.
+    """
     sampled = data.new_empty(*data.shape[:2], *transform.size)
     inside = valid.new_empty(len(valid), 1, *transform.size)
     for row, flipped in transform.unmoved.items():
@@ -112,17 +115,38 @@ def apply_transform(data: Tensor, valid: Tensor, transform: SpatialTransform) ->
         sampled[row] = _cut(data[row], transform, row).flip(axes)
         inside[row] = _cut(valid[row], transform, row).flip(axes)
     moved = [row for row in range(len(data)) if row not in transform.unmoved]
-    if moved:
-        view = _interpolate(torch.cat([data[moved], valid[moved].to(data.dtype)], dim=1), transform.of(moved))
-        sampled[moved], inside[moved] = view[:, :-1], view[:, -1:] > _MIN_WEIGHT
+    for rows in [[row] for row in moved] if data.device.type == "cpu" else [moved] * bool(moved):
+        sampled[rows], inside[rows] = _interpolate(data[rows], valid[rows], transform.of(rows))
     return SpatialView(sampled.masked_fill_(~inside, 0), inside, transform)
 
 
-def _interpolate(data: Tensor, transform: SpatialTransform) -> Tensor:
-    crop = torch.tensor(data.shape[2:], device=data.device)  # grid_sample counts from -1 to 1 across the crop's edges
-    matrix, centre = transform.matrix * 2 / crop.unsqueeze(1), (2 * transform.centre + 1) / crop - 1
-    grid = replace(transform, matrix=matrix.flip(1), centre=centre.flip(1)).coordinates().movedim(1, -1)
-    return F.grid_sample(data, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+def _interpolate(data: Tensor, valid: Tensor, transform: SpatialTransform) -> tuple[Tensor, Tensor]:
+    real = data.device.type == "cpu" and bool(valid.all())  # a GPU would have to be waited for
+    half = [max((full - 1) / 2, _ROUNDING) for full in data.shape[2:]]
+    scale = torch.tensor(half, device=data.device)  # to grid_sample's coordinates, -1 and 1 at the outermost voxels
+    matrix, centre = transform.matrix / scale.unsqueeze(1), (transform.centre - scale) / scale
+    grid = replace(transform, matrix=matrix.flip(1), centre=centre.flip(1)).coordinates()
+    inside = torch.ones_like(grid[:, :1], dtype=torch.bool)
+    for axis, extent in enumerate(reversed(half)):
+        inside &= grid[:, axis : axis + 1].abs() <= 1 + _ROUNDING / extent
+    if real:
+        return _sample(data, grid), inside
+    view = _sample(torch.cat([data, valid.to(data.dtype)], dim=1), grid)
+    return view[:, :-1], inside & (view[:, -1:] > 1 - _ROUNDING)
+
+
+def _sample(data: Tensor, grid: Tensor) -> Tensor:
+    """Linear interpolation of data (B, C, *crop) at a grid (B, D, *size), where torch gives a sample a single thread.
+
+    So one sample on a CPU is cut into slabs, as many as there are threads, or nearly.
+    """
+    threads = torch.get_num_threads() if len(data) == 1 and data.device.type == "cpu" else 1
+    slabs = max(number for number in range(1, threads + 1) if grid.shape[2] % number == 0)
+    points = grid.movedim(1, -1)
+    if slabs > 1:
+        data, points = data.expand(slabs, *data.shape[1:]), points[0].unflatten(0, (slabs, -1))
+    view = F.grid_sample(data, points, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return view.movedim(0, 1).flatten(1, 2).unsqueeze(0) if slabs > 1 else view
 
 
 def _cut(sample: Tensor, transform: SpatialTransform, row: int) -> Tensor:
@@ -143,7 +167,7 @@ def valid_box(valid: Tensor) -> tuple[Tensor, Tensor]:
     """First and last valid voxel per axis, each (B, D) float; the whole crop where nothing is valid."""
     lower: list[Tensor] = []
     upper: list[Tensor] = []
-    rest = valid.float()
+    rest = valid.view(torch.uint8)
     for axis in range(valid.dim() - 1, 1, -1):
         profile = rest.flatten(1, axis - 1).amax(1)
         lower.insert(0, profile.argmax(1))

@@ -219,6 +219,26 @@ def test_a_sample_has_its_view_whatever_batch_it_is_in() -> None:
         assert torch.equal(alone.valid, together.valid[part])
 
 
+@pytest.mark.parametrize("shape", CROPS)
+def test_threads_share_a_sample_and_change_nothing(shape) -> None:
+    """Planted fault: slabs put together in another order. 12 slices are cut into 2, 4 or 6 slabs, 11 into none."""
+    data, valid = crops(shape)
+    valid[:2, ..., :3] = False
+    threads, views = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 4, 7):
+            torch.set_num_threads(number)
+            for edge in (12, 11):
+                view = spatial_view(data, valid, spacing(len(shape)), RANDOM, WILD, (edge, *shape[1:]))
+                views.append((view.data, view.valid))
+    finally:
+        torch.set_num_threads(threads)
+    for data, valid in views[2:]:
+        expected = views[0] if data.shape == views[0][0].shape else views[1]
+        torch.testing.assert_close(data, expected[0], atol=1e-5, rtol=0)
+        assert torch.equal(valid, expected[1])
+
+
 def test_probabilities_are_those_of_samples() -> None:
     batch = 400
     valid = torch.ones(batch, 1, 4, 4, dtype=torch.bool)
