@@ -1,12 +1,15 @@
 """Jigsaw: tell in which order the cells of a crop were put.
 
 A crop is cut into 3x3x3 cells (2D: 3x3); a smaller box at a random place in each is seen by the network on its own. The
-boxes come in one of a hundred orders, which differ from one another in as many places as can be, and a head that is
-shown all their features names the order. To solve it, the network has to know which part of the anatomy a box shows.
+boxes come in one of a hundred orders, which differ from one another in as many places as can be. A head says of each
+box how well it fits every cell, and the order that fits best is named. To solve it, the network has to know which part
+of the anatomy a box shows.
 
 Papers: Noroozi and Favaro 2016 (arXiv:1603.09246); Taleb et al. 2020 (arXiv:2006.03829) for volumes. Other than there,
-boxes are resampled to a size that the network takes, cells lie in the volume, so that no padding tells their place, and
-the head standardises features, since instance-normalised networks make them nearly the same for all boxes.
+boxes are resampled to a size that the network takes; cells lie in the volume, so that no padding tells their place; all
+boxes share one head, whose answers for an order are added up, where there one layer sees all features and has to learn
+each order from its own examples; and it standardises features, since instance-normalised networks make them nearly the
+same for all boxes.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ class JigsawConfig:
 
     permutations: int = 100
     """Orders to tell apart, 2 or more. Taleb et al. 2020."""
-    hidden_width: int = 512
+    hidden_width: int = 256
     """Of the head's hidden layer, 1 or more."""
     intensity: IntensityConfig = field(default_factory=IntensityConfig)
     """How the intensities of the crop change in training, before it is cut."""
@@ -77,8 +80,7 @@ class Jigsaw(PretextTask):
         self.encoder = build_encoder(configuration)
         self.grid = (CELLS_PER_AXIS,) * configuration.dims
         self.size = box_size(configuration.patch_size, self.grid, self.encoder.strides[-1])
-        width = self.encoder.channels[-1]
-        self.head = PooledHead(width, config.permutations, config.hidden_width, crops=prod(self.grid))
+        self.head = PooledHead(self.encoder.channels[-1], prod(self.grid), config.hidden_width)
         self.register_buffer("permutations", distant_permutations(prod(self.grid), config.permutations))
 
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
@@ -98,14 +100,23 @@ class Jigsaw(PretextTask):
     def forward(self, views: Views) -> StepOutput:
         """The cross-entropy of the order, and how often it is told."""
         order = views["order"]
-        features = descriptor(self.encoder(views["boxes"])).unflatten(0, (len(order), -1))
-        logits = self.head(features)
+        logits = self._fit(self.head(descriptor(self.encoder(views["boxes"]))))
         metrics = {
             "accuracy": (logits.detach().argmax(1) == order).float().mean(),
             "accuracy_chance": torch.full((), 1 / len(self.permutations), device=order.device),
         }
         images = None if self.training else {"input": views["input"], "first": views["boxes"][:: prod(self.grid)]}
         return StepOutput(loss=functional.cross_entropy(logits, order), metrics=metrics, images=images)
+
+    def _fit(self, votes: torch.Tensor) -> torch.Tensor:
+        """How well each order fits, (B, permutations): the sum over places of what the box there says of its cell.
+
+        Args:
+            votes: (B * places, cells).
+        """
+        votes = votes.unflatten(0, (-1, prod(self.grid)))
+        places = torch.arange(prod(self.grid), device=votes.device)
+        return votes[:, places, self.permutations].sum(2)
 
     def after_step(self, step: int, total: int) -> None:
         """Takes up the moments of the features."""
