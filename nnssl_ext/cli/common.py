@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable, Sequence
 
 USER_ERROR = 2
 INTERRUPTED = 130
+_NO_PLACE = {
+    errno.ENOSPC: "the disk is full. Free space, or point nnssl_preprocessed and nnssl_results to another disk",
+    errno.EDQUOT: "the disk quota is used up. Free space, or point nnssl_preprocessed and nnssl_results elsewhere",
+    errno.EROFS: "the disk cannot be written to",
+    errno.EACCES: "permission denied",
+}
+"""What of the system's errors a user can act on."""
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
-    """Turns a user's mistake (ValueError, FileNotFoundError) into one clear line on stderr and exit status 2."""
+    """Turns what a user can mend into one clear line on stderr and exit status 2.
+
+    That is a mistake (ValueError, FileNotFoundError), or a place that cannot be written to.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> None:
@@ -19,6 +30,12 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             main(argv)
         except (ValueError, FileNotFoundError) as error:
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(USER_ERROR) from error
+        except OSError as error:
+            if error.errno not in _NO_PLACE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{_NO_PLACE[error.errno]}, then start the same command again", file=sys.stderr)
             raise SystemExit(USER_ERROR) from error
         except KeyboardInterrupt:
             print("interrupted; start the same command again to go on", file=sys.stderr)

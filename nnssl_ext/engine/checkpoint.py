@@ -15,7 +15,10 @@ While a run can go on, `resume` holds the rest. No paths and no case names are i
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,10 +175,17 @@ def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: If something in it is neither a builtin nor a tensor, so that it would not load again.
+        OSError: If the disk is full, for which torch has a RuntimeError that does not say so.
     """
-    plain = _plain(checkpoint, "checkpoint", {})
-    with atomic_path(path) as temporary:
-        torch.save(plain, temporary)
+    copies: dict[Any, torch.Tensor] = {}
+    plain = _plain(checkpoint, "checkpoint", copies)
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(plain, temporary)
+    except RuntimeError as error:
+        if shutil.disk_usage(path.parent).free > sum(tensor.nbytes for tensor in copies.values()):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import collections
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,6 +256,21 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match="holds no network_weights"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(3999, OSError), (4001, RuntimeError)])
+def test_a_full_disk_is_told_from_another_failure_of_torch(tmp_path, monkeypatch, free: int, expected: type) -> None:
+    """Catches a training that ends on a full disk with torch's \"unexpected pos 64 vs 0\"."""
+
+    def fail(content: object, path: Path) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    weights = torch.zeros(1000)
+    with pytest.raises(expected, match=r"No space left .*checkpoint_latest\.pth|unexpected pos"):
+        save_checkpoint(tmp_path / "checkpoint_latest.pth", {"a": weights, "b": weights})
+    assert list(tmp_path.iterdir()) == []
 
 
 class Intruder:
