@@ -18,6 +18,8 @@ EPOCH_STEPS = 25
 PRETRAIN_OPTIMIZER = "optim.name=adamw optim.lr=0.001 optim.weight_decay=0.01"
 FINETUNE_OPTIMIZER = "schedule=poly optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16"
 """Recipes for hundreds of steps. The published ones use SGD, whose deep layers hardly move in that time."""
+LEADING_STEPS = 2000
+"""Pretraining of this length led the baseline early in fine-tuning on the hippocampus data (docs/finetuning.md)."""
 MIN_SCRATCH_DICE = 0.3
 """Below this the scratch arm learned nothing, and comparing with it says nothing."""
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, (title, line) in enumerate(_commands(args, source, folder), start=1):
         print(f"\n[{number}] {title}\n$ {shlex.join(line)}", flush=True)
         _run(line, environment)
-    _finish(folder, time.monotonic() - started)
+    _finish(folder, time.monotonic() - started, args.pretrain_epochs * EPOCH_STEPS)
 
 
 def _keep_settings(args: argparse.Namespace, folder: Path) -> None:
@@ -151,7 +153,7 @@ def _run(line: Sequence[str], environment: dict[str, str]) -> None:
         raise SystemExit(done.returncode)
 
 
-def _finish(folder: Path, seconds: float) -> None:
+def _finish(folder: Path, seconds: float, pretraining_steps: int) -> None:
     from nnssl_ext.evaluation.records import REPORT_FILE, load_evaluation
 
     results = next((folder / "results").glob(f"Dataset{LABELLED_ID:03d}_*")) / "evaluation" / "demo"
@@ -167,4 +169,9 @@ def _finish(folder: Path, seconds: float) -> None:
         raise SystemExit(USER_ERROR)
     for verdict in evaluation.verdicts:
         print(f"\n{verdict.headline}\n{verdict.certainty}")
+    if pretraining_steps < LEADING_STEPS:
+        print(
+            f"\n{pretraining_steps} steps of pretraining show every stage, not what pretraining is worth: after so few "
+            "the pretrained arm may end behind (docs/finetuning.md, Short pretraining)."
+        )
     print(f"\nDone in {seconds / 60:.1f} minutes. The report: {results / REPORT_FILE}")

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 
 from nnssl_ext.cli import demo
 from nnssl_ext.core.records import read_json
+from nnssl_ext.evaluation import records
 
 
 @pytest.fixture
@@ -9,7 +12,7 @@ def lines(monkeypatch):
     """The command lines that the demo would run, and its end left out."""
     seen: list[list[str]] = []
     monkeypatch.setattr(demo, "_run", lambda line, environment: seen.append(list(line)))
-    monkeypatch.setattr(demo, "_finish", lambda folder, seconds: None)
+    monkeypatch.setattr(demo, "_finish", lambda *results: None)
     return seen
 
 
@@ -44,3 +47,21 @@ def test_a_command_that_fails_ends_the_demo_with_its_status(tmp_path, capsys):
         demo.main(["--folder", str(tmp_path), "--source", str(tmp_path / "nothing")])
     assert stopped.value.code == 2
     assert "the demo stops here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(300, True), (2000, False)])
+def test_a_short_pretraining_is_called_one_at_the_end(tmp_path, monkeypatch, capsys, steps, warned):
+    """Catches a demo that lets its few steps stand for what pretraining is worth."""
+    verdict = SimpleNamespace(headline="Pretraining came out behind.", certainty="One seed.")
+    found = SimpleNamespace(
+        reference=SimpleNamespace(name="s"),
+        num_train=(5,),
+        summary=lambda *key: SimpleNamespace(mean=0.6),
+        verdicts=[verdict],
+    )
+    monkeypatch.setattr(records, "load_evaluation", lambda folder: found)
+    (tmp_path / "results/Dataset002_Demo").mkdir(parents=True)
+    demo._finish(tmp_path, 60, steps)
+    told = capsys.readouterr().out
+    assert "Pretraining came out behind." in told
+    assert (f"{steps} steps of pretraining show every stage, not what pretraining is worth" in told) == warned
