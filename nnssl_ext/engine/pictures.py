@@ -143,7 +143,7 @@ def _draw_monitors(axis: Axes, metrics: Records) -> None:
 def _draw_speed(axis: Axes, timing: Records) -> None:
     axis.set_title("Speed")
     _line(axis, timing, "steps_per_second", "steps per second", BLUE)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     epochs, shares = _series(timing, "data_wait_share")
     if shares:
         other = axis.twinx()
