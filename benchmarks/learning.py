@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from nnssl_ext.evaluation.learning import Difference, case_dice, compare, gate, pretext_metrics, verdict, without_nan
+from nnssl_ext.evaluation.learning import Difference, Results, pretext_metrics, summarise, without_nan
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 UNLABELLED, LABELLED = 1, 4
@@ -58,8 +58,6 @@ FINETUNING = {
     "lr": 1e-3,
     "weight_decay": 1e-2,
 }
-Results = dict[tuple[str, str, int], dict[str, Any]]
-"""Records of jobs by trainer (of random features: network and data), arm and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +110,7 @@ class Job:
     """One training with its probe."""
 
     trainer: str
-    """Empty for random features."""
+    """Its name, perhaps with a backbone as `MAETrainer:vit`; empty for random features."""
     arm: str
     """`method`, `sham` or `random`."""
     seed: int
@@ -123,7 +121,8 @@ class Job:
     def key(self) -> str:
         """Name of its files; another protocol has other ones."""
         code = hashlib.sha256(json.dumps(asdict(self.protocol)).encode()).hexdigest()[:6]
-        return f"{self.trainer or self.protocol.backbone}-{self.arm}-s{self.seed}-{code}"
+        name = self.trainer.replace(":", "-") or self.protocol.backbone
+        return f"{name}-{self.arm}-s{self.seed}-{code}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -131,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--source", type=Path, help="the extracted Task04_Hippocampus")
     result.add_argument("--workspace", type=Path, required=True, help="folder for everything that is made")
-    result.add_argument("--trainers", nargs="+", default=["MAETrainer"], help="methods (default: %(default)s)")
+    result.add_argument("--trainers", nargs="+", default=["MAETrainer"], help="methods; NAME:vit on a transformer")
     result.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (default: 0 1 2)")
     result.add_argument("--no_sham", action="store_true", help="leave the sham runs out")
     result.add_argument("--fine_tune", action="store_true", help="also fine-tune nnU-Net on 5 cases, and from scratch")
@@ -142,6 +141,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def trainer_class(trainer: str) -> Any:
+    """The registered trainer of a name, perhaps with a backbone.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    from nnssl_ext.engine.task import TRAINERS
+
+    return TRAINERS.get(trainer.partition(":")[0])
+
+
 def protocol_of(trainer: str, changes: Mapping[str, Any]) -> Protocol:
     """The protocol of a method, resolved for this benchmark.
 
@@ -149,13 +159,12 @@ def protocol_of(trainer: str, changes: Mapping[str, Any]) -> Protocol:
         ValueError: If there is no such trainer, or a change names no field.
     """
     from nnssl_ext.core.records import from_dict
-    from nnssl_ext.engine.task import TRAINERS
 
-    kind = TRAINERS.get(trainer)
+    kind = trainer_class(trainer)
     short = trainer.lower()
     base = next((protocol for part, protocol in PROTOCOLS.items() if part in short), Protocol())
     protocol = from_dict(Protocol, {**asdict(base), **changes.get(trainer, {})}, trainer)
-    backbone = protocol.backbone or ("cnn" if "cnn" in kind.task.info.encoders else "vit")
+    backbone = trainer.partition(":")[2] or protocol.backbone or ("cnn" if "cnn" in kind.task.info.encoders else "vit")
     names = {setting.name for setting in fields(kind.task.Config)}
     small = tuple(f"{name}={value}" for name, value in SMALL.items() if name in names)
     warmup = f"schedule.warmup_steps={protocol.steps // 10}"
@@ -165,7 +174,7 @@ def protocol_of(trainer: str, changes: Mapping[str, Any]) -> Protocol:
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
     """Every job that the arguments ask for: first all random ones, then seed by seed."""
-    from nnssl_ext.engine.task import TRAINERS, PretextTask
+    from nnssl_ext.engine.task import PretextTask
 
     changes = json.loads(args.settings.read_text()) if args.settings else {}
     protocols = {trainer: protocol_of(trainer, changes) for trainer in args.trainers}
@@ -175,7 +184,7 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     for seed in args.seeds:
         for trainer, protocol in protocols.items():
             jobs.append(Job(trainer, "method", seed, protocol, args.fine_tune))
-            if not args.no_sham and TRAINERS.get(trainer).task.sham is not PretextTask.sham:
+            if not args.no_sham and trainer_class(trainer).task.sham is not PretextTask.sham:
                 jobs.append(Job(trainer, "sham", seed, protocol, False))
     return jobs
 
@@ -238,7 +247,7 @@ def run_job(job: Job, workspace: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     started, own = time.monotonic(), time.process_time()
     resumed = (run_folder(job, workspace) / "metrics.jsonl").exists()
-    record: dict[str, Any] = {"trainer": job.trainer, "arm": job.arm, "seed": job.seed}
+    record: dict[str, Any] = {"trainer": job.trainer, "arm": job.arm, "seed": job.seed, "net": job.protocol.reference}
     record["protocol"] = asdict(job.protocol)
     checkpoint = None
     if job.arm == "random":
@@ -266,7 +275,6 @@ def train(job: Job, workspace: Path) -> Path:
     from nnssl_ext.core.paths import find_dataset, preprocessed_root
     from nnssl_ext.engine.loop import pretrain
     from nnssl_ext.engine.run import RunSettings, RunSpec
-    from nnssl_ext.engine.task import TRAINERS
 
     protocol = job.protocol
     plan = make_plan(protocol, protocol.patch_size)
@@ -274,7 +282,7 @@ def train(job: Job, workspace: Path) -> Path:
     sham = ("sham=true",) if job.arm == "sham" else ()
     configuration = plan.configuration("3d_fullres")
     spec = RunSpec(
-        trainer=TRAINERS.get(job.trainer).configured([*length, *protocol.settings, *sham], protocol.backbone),
+        trainer=trainer_class(job.trainer).configured([*length, *protocol.settings, *sham], protocol.backbone),
         plan=plan,
         configuration=configuration,
         data_folder=find_dataset(protocol.dataset(UNLABELLED), preprocessed_root()) / configuration.data_identifier,
@@ -394,39 +402,6 @@ def read_results(jobs: Sequence[Job], workspace: Path) -> Results:
         if path.is_file():
             found[job.trainer or job.protocol.reference, job.arm, job.seed] = json.loads(path.read_text())
     return found
-
-
-def summarise(
-    results: Mapping[tuple[str, str, int], Mapping[str, Any]], trainers: Sequence[str]
-) -> list[dict[str, Any]]:
-    """One row per method."""
-
-    def scores(name: str, arm: str, source: str = "probe") -> dict[int, np.ndarray]:
-        found = {key[2]: record for key, record in results.items() if key[:2] == (name, arm)}
-        return {seed: case_dice(record, source) for seed, record in sorted(found.items()) if source in record}
-
-    rows = []
-    for trainer in trainers:
-        records = [record for key, record in sorted(results.items()) if key[:2] == (trainer, "method")]
-        if not records:
-            continue
-        shams = [record for key, record in sorted(results.items()) if key[:2] == (trainer, "sham")]
-        words, text = gate([record["pretext"] for record in records], [record["pretext"] for record in shams])
-        net = read_protocol(records[0]["protocol"]).reference
-        method, sham, random = scores(trainer, "method"), scores(trainer, "sham"), scores(net, "random")
-        beside_sham = compare(method, sham, f"{trainer} sham")
-        row = {"trainer": trainer, "net": net, "seeds": sorted(method), "pretext": text, "gate": words}
-        for arm, found in (("dice", method), ("sham", sham), ("random", random)):
-            row[arm] = float(np.nanmean(list(found.values()))) if found else None
-        row["over_random"] = compare(method, random, f"{trainer} random")
-        row["over_sham"] = beside_sham
-        tuned, scratch = scores(trainer, "method", "fine_tuned"), scores(net, "random", "fine_tuned")
-        row["fine_tuned_over_scratch"] = compare(tuned, scratch, f"{trainer} fine-tuned")
-        row["verdict"] = verdict(beside_sham)
-        whole = [record["training_cpu_seconds"] for record in records if record["training_cpu_seconds"] is not None]
-        row["core_seconds"] = float(np.mean(whole)) if whole else None
-        rows.append(row)
-    return rows
 
 
 def write_table(rows: Sequence[Mapping[str, Any]], folder: Path, command: str) -> str:

@@ -12,10 +12,18 @@ from benchmarks.learning import (
     make_jobs,
     protocol_of,
     read_job,
-    summarise,
     write_table,
 )
-from nnssl_ext.evaluation.learning import Difference, case_dice, compare, gate, pretext_metrics, verdict, without_nan
+from nnssl_ext.evaluation.learning import (
+    Difference,
+    case_dice,
+    compare,
+    gate,
+    pretext_metrics,
+    summarise,
+    verdict,
+    without_nan,
+)
 
 NAN = float("nan")
 
@@ -27,7 +35,7 @@ def record(arm: str, level: float, seed: int) -> dict:
     dice = np.broadcast_to(cases[None, :, None], (2, 30, 2))
     found = {
         "probe": {"dice": without_nan(np.array(dice))},
-        "protocol": {"backbone": "cnn"},
+        "net": "cnn",
         "training_cpu_seconds": 100,
     }
     return {**found, "pretext": {"mse": [0.5 if arm == "method" else 0.85, 0.9]}}
@@ -157,6 +165,19 @@ def test_two_channels_have_datasets_and_random_features_of_their_own():
     ]
     assert [job.protocol.dataset(4) for job in jobs] == [4, 104, 4, 104]
     assert len({job.key for job in jobs}) == len(jobs)
+
+
+def test_a_method_runs_on_both_backbones_side_by_side():
+    """Catches the one's results read as the other's, and a colon in the name of nnU-Net's plans."""
+    args = Namespace(trainers=["MAETrainer", "MAETrainer:vit"], seeds=[0], settings=None, no_sham=False, fine_tune=True)
+    jobs = [job for job in make_jobs(args) if job.trainer]
+    assert [(job.trainer, job.arm, job.protocol.backbone) for job in jobs] == [
+        ("MAETrainer", "method", "cnn"),
+        ("MAETrainer", "sham", "cnn"),
+        ("MAETrainer:vit", "method", "vit"),
+        ("MAETrainer:vit", "sham", "vit"),
+    ]
+    assert jobs[2].key.startswith("MAETrainer-vit-method-s0-")
 
 
 def test_every_arm_is_asked_for_once():
