@@ -9,16 +9,15 @@ the read amplification: voxels of the blocks that a random crop touches over vox
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import Table, describe_machine, finish, made_volume, make_parser, medians, now, random_shape
 
 BATCH_SIZE = 2
 Patch = tuple[int, int, int]
@@ -26,29 +25,21 @@ Patch = tuple[int, int, int]
 
 def parser() -> argparse.ArgumentParser:
     """The benchmark's arguments."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = make_parser(__doc__)
     result.add_argument(
         "--edges", type=int, nargs="+", default=[64, 96, 160, 192], help="patch edges (default: 64 96 160 192)"
     )
     result.add_argument("--num_volumes", type=int, default=4, help="volumes to read from (default: 4)")
     result.add_argument("--edge", type=int, default=200, help="edge of a volume in voxels (default: 200)")
-    result.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts (default: 5)")
     result.add_argument("--seconds", type=float, default=1.5, help="CPU time of one run (default: 1.5)")
-    result.add_argument("--json", type=Path, help="also write the figures to this file")
     return result
 
 
 def volume(seed: int, edge: int) -> tuple[np.ndarray, np.ndarray]:
-    """A z-scored volume (1, Z, Y, X) of smooth tissue with noise, and where it is not background (Z, Y, X)."""
-    from scipy.ndimage import gaussian_filter
-
+    """A z-scored volume (1, Z, Y, X), and where it is not background (Z, Y, X)."""
     rng = np.random.default_rng(seed)
-    shape = tuple(int(n) for n in rng.integers(round(0.9 * edge), round(1.1 * edge) + 1, 3))
-    tissue = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 3)
-    image = tissue / tissue.std() + 0.1 * rng.standard_normal(shape, dtype=np.float32)
-    grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True)
-    inside = sum(axis**2 for axis in grid) < 1
-    return np.where(inside, image, 0)[None].astype(np.float32), inside
+    image, inside = made_volume(rng, random_shape(rng, edge), extent=1.0)
+    return np.where(inside, image, np.float32(0))[None], inside
 
 
 def write_both(folder: Path, num_volumes: int, edge: int, patch: Patch) -> tuple[Any, Any]:
@@ -134,19 +125,13 @@ def amplification(store: Any, patch: Patch, num_crops: int = 200) -> float:
     return decoded / used
 
 
-def rates(batches: Sequence[Callable[[], Any]], repeats: int, seconds: float) -> list[float]:
-    """Crops a CPU-second of each: the median of several runs in turn after a first batch that is not counted."""
-    runs: list[list[float]] = [[] for _ in batches]
-    for batch in batches:
+def rate(batch: Callable[[], Any], least_seconds: float) -> float:
+    """Crops a CPU-second, over at least so many seconds."""
+    number, started = 0, now("cpu")
+    while now("cpu") - started < least_seconds:
         batch()
-    for _ in range(repeats):
-        for batch, found in zip(batches, runs, strict=True):
-            number, started = 0, time.process_time()
-            while time.process_time() - started < seconds:
-                batch()
-                number += 1
-            found.append(number * BATCH_SIZE / (time.process_time() - started))
-    return [statistics.median(found) for found in runs]
+        number += 1
+    return number * BATCH_SIZE / (now("cpu") - started)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -155,23 +140,22 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(1)
-    figures = []
-    print(f"{'patch':>6} {'views':>7} {'nnU-Net /s':>11} {'this /s':>9} {'ratio':>6} {'decoded/used':>13}")
+    machine, figures = describe_machine(), []
+    columns = {"patch": ">6", "views": ">7", "nnU-Net /s": ">11.1f", "this /s": ">9.1f", "ratio": ">6.2f"}
+    table = Table({**columns, "decoded/used": ">13.2f"})
     for edge in arguments.edges:
         patch = (edge, edge, edge)
         with tempfile.TemporaryDirectory() as folder:
             store, dataset = write_both(Path(folder), arguments.num_volumes, arguments.edge, patch)
             decoded = amplification(store, patch)
             for augmented in (False, True):
-                both = [make(data, patch, augmented) for make, data in ((their_batches, dataset), (our_batches, store))]
-                theirs, ours = rates(both, arguments.repeats, arguments.seconds)
+                both = their_batches(dataset, patch, augmented), our_batches(store, patch, augmented)
+                runs = [partial(rate, batch, arguments.seconds) for batch in both]
+                theirs, ours = medians(runs, arguments.repeats)
                 figure = {"patch": edge, "augmented": augmented, "nnunet": theirs, "this": ours}
                 figures.append({**figure, "amplification": decoded})
-                views = "spatial" if augmented else "none"
-                line = f"{edge:>5}³ {views:>7} {theirs:>11.1f} {ours:>9.1f} {ours / theirs:>5.2f}x {decoded:>13.2f}"
-                print(line, flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+                table.row(f"{edge}³", "spatial" if augmented else "none", theirs, ours, ours / theirs, decoded)
+    finish(arguments, machine, figures)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ prints seconds, voxels a second, sizes and the largest difference of the results
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -19,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import Table, describe_machine, finish, made_volume, make_parser, make_plan, random_shape
 
 from nnssl_ext.core.executor import make_executor
 from nnssl_ext.dataset.manifest import Case, Manifest, write_dataset_json
 from nnssl_ext.fingerprint.foreground import nonzero_box
 from nnssl_ext.imageio import read_header, read_image, read_segmentation
 from nnssl_ext.planners.plan import Configuration, Plan
+from nnssl_ext.planners.spacing import resampling_keys
 from nnssl_ext.preprocessing.crop import nonzero_mask
 from nnssl_ext.preprocessing.index import IndexEntry
 from nnssl_ext.preprocessing.labels import resample_labels
@@ -45,28 +46,19 @@ RESET_PEAK = "5"
 
 def parser() -> argparse.ArgumentParser:
     """The benchmark's arguments."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = make_parser(__doc__)
     result.add_argument("--num_volumes", type=int, default=8, help="volumes to preprocess (default: 8)")
     result.add_argument("--edge", type=int, default=170, help="mean edge of a volume in voxels (default: 170)")
-    result.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts (default: 5)")
     result.add_argument("-np", type=int, default=2, help="worker processes (default: 2)")
     result.add_argument("--labels", action="store_true", help="resample and write a label map with every image")
-    result.add_argument("--json", type=Path, help="also write the figures to this file")
     return result
 
 
 def volume(seed: int, edge: int) -> np.ndarray:
     """An MR-like int16 volume (Z, Y, X): smooth tissue with noise in an ellipsoid, zero around it."""
-    from scipy.ndimage import gaussian_filter
-
     rng = np.random.default_rng(seed)
-    shape = tuple(int(n) for n in rng.integers(round(0.9 * edge), round(1.1 * edge) + 1, 3))
-    tissue = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 3)
-    image = 400 + 120 * tissue / tissue.std() + 15 * rng.standard_normal(shape, dtype=np.float32)
-    grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True)
-    outside = sum(axis**2 for axis in grid) > 0.85
-    image[outside] = 0
-    return image.clip(0, 3000).astype(np.int16)
+    image, inside = made_volume(rng, random_shape(rng, edge), noise=0.125)
+    return np.where(inside, 400 + 120 * image, 0).clip(0, 3000).astype(np.int16)
 
 
 def write_dataset(folder: Path, num_volumes: int, edge: int, labels: bool = False) -> Manifest:
@@ -91,34 +83,9 @@ def write_dataset(folder: Path, num_volumes: int, edge: int, labels: bool = Fals
     return Manifest.load(folder)
 
 
-def make_plan() -> Plan:
+def preprocessing_plan() -> Plan:
     """One millimetre isotropic, z-score, nnU-Net's default resampling."""
-    keywords = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-    configuration = {
-        "data_identifier": "bench",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": 2,
-        "patch_size": [160, 160, 160],
-        "spacing": [1.0, 1.0, 1.0],
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
-        "resampling_fn_data": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": keywords,
-        "resampling_fn_seg": "resample_data_or_seg_to_shape",
-        "resampling_fn_seg_kwargs": {**keywords, "is_seg": True, "order": 1},
-        "architecture": {"network_class_name": "", "arch_kwargs": {}, "_kw_requires_import": []},
-    }
-    return Plan(
-        {
-            "dataset_name": "Dataset001_Bench",
-            "plans_name": "bench",
-            "image_reader_writer": "SimpleITKIO",
-            "transpose_forward": [0, 1, 2],
-            "transpose_backward": [0, 1, 2],
-            "foreground_intensity_properties_per_channel": {"0": {}},
-            "configurations": {"3d_fullres": configuration},
-        }
-    )
+    return make_plan((160, 160, 160), 2, **resampling_keys(kept=False))
 
 
 def ours(case: Case, plan: Plan, folder: Path) -> dict[str, Any]:
@@ -241,13 +208,14 @@ def compare(store: Store, folder: Path) -> tuple[float, bool]:
     return largest, equal
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark."""
-    arguments = parser().parse_args()
+    arguments = parser().parse_args(argv)
+    machine = describe_machine()
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         manifest = write_dataset(root / "Dataset001_Bench", arguments.num_volumes, arguments.edge, arguments.labels)
-        plan = make_plan()
+        plan = preprocessing_plan()
         fast = measure(ours, manifest, plan, root / "ours", arguments)
         stock = measure(nnunet, manifest, plan, root / "nnunet", arguments)
         store = Store(root / "ours", fast.pop("values"))
@@ -268,8 +236,7 @@ def main() -> None:
         "processes": arguments.np,
     }
     print_table(figures)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    finish(arguments, machine, figures)
     if not equal:
         sys.exit("the results differ by more than the tolerance")
 
@@ -284,11 +251,10 @@ def print_table(figures: dict[str, Any]) -> None:
         ("peak memory, volumes", "peak", ".1f"),
     )
     print(f"{figures['voxels'] / 1e6:.2f} million voxels a volume after resampling, {figures['processes']} processes")
-    print(f"{'':26}{'nnssl_ext':>12}{'nnU-Net':>12}")
+    table = Table({"": "<25", "nnssl_ext": ">11", "nnU-Net": ">11"})
     for title, key, form in rows:
         scale = 1e-6 if key == "voxels_per_second" else 1
-        values = (format(figures[name][key] * scale, form) for name in ("nnssl_ext", "nnunet"))
-        print(f"{title:26}" + "".join(f"{value:>12}" for value in values))
+        table.row(title, *(format(figures[name][key] * scale, form) for name in ("nnssl_ext", "nnunet")))
     print(f"{figures['ratio_wall']:.1f}x the voxels a second, {figures['ratio_cpu']:.1f}x less CPU time")
     print(f"largest difference {figures['largest_difference']:.2g}")
 

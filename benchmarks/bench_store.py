@@ -8,11 +8,8 @@ setting is the one in use. The second table says how many voxels are decoded for
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 
 import blosc2
 import numpy as np
+from common import Table, describe_machine, finish, made_volume, make_parser, medians, seconds
 
 from nnssl_ext.preprocessing.layout import BLOCK_VOXELS, CHUNK_BLOCKS, block_shape
 from nnssl_ext.preprocessing.store import COMPRESSION
@@ -62,27 +60,18 @@ SETTINGS = (
 
 def parser() -> argparse.ArgumentParser:
     """The benchmark's arguments."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = make_parser(__doc__)
     result.add_argument("--image", type=Path, help="measure on this image instead of a made one")
     result.add_argument("--edge", type=int, default=200, help="edge of the made volume in voxels (default: 200)")
     result.add_argument("--crops", type=int, nargs="+", default=[64, 160], help="crop edges (default: 64 160)")
     result.add_argument("--num_crops", type=int, default=12, help="crops per edge and run (default: 12)")
-    result.add_argument("--repeats", type=int, default=5, help="runs of each, of which the median counts (default: 5)")
-    result.add_argument("--json", type=Path, help="also write the figures to this file")
     return result
 
 
-def made_volume(edge: int) -> np.ndarray:
+def stored_volume(edge: int) -> np.ndarray:
     """A z-scored float16 volume (Z, Y, X): smooth tissue with noise in an ellipsoid."""
-    from scipy.ndimage import gaussian_filter
-
-    rng = np.random.default_rng(0)
-    shape = (edge, round(1.1 * edge), round(0.95 * edge))
-    tissue = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 3)
-    image = 2 + tissue / tissue.std() + 0.12 * rng.standard_normal(shape, dtype=np.float32)
-    grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True)
-    image[sum(axis**2 for axis in grid) > 0.85] = -1
-    return image.astype(np.float16)
+    image, inside = made_volume(np.random.default_rng(0), (edge, round(1.1 * edge), round(0.95 * edge)), noise=0.12)
+    return np.where(inside, 2 + image, -1).astype(np.float16)
 
 
 def read_volume(path: Path) -> np.ndarray:
@@ -132,59 +121,39 @@ def amplification(shape: Sequence[int], block: Sequence[int], edge: int, number:
     return float(np.mean(ratios))
 
 
-def seconds(work: Callable[[], Any], repeats: int) -> float:
-    """Median CPU seconds of several runs after one that is not counted."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        work()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
-
-
 def measure(volume: np.ndarray, setting: Setting, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Megabytes, milliseconds to write the volume, and milliseconds to read a crop by its edge."""
     path = folder / "case.b2nd"
-    written = seconds(partial(write, volume, setting, path), arguments.repeats)
-    crops = {}
-    for edge in arguments.crops:
-        boxes = random_boxes(volume.shape, edge, arguments.num_crops)
-        crops[edge] = seconds(partial(read, path, boxes), arguments.repeats) * 1e3 / len(boxes)
+    works = [partial(write, volume, setting, path)]
+    works += [partial(read, path, random_boxes(volume.shape, edge, arguments.num_crops)) for edge in arguments.crops]
+    written, *read_all = medians([partial(seconds, work) for work in works], arguments.repeats)
+    crops = {edge: 1e3 * all_ / arguments.num_crops for edge, all_ in zip(arguments.crops, read_all, strict=True)}
     return asdict(setting) | {"megabytes": path.stat().st_size / 1e6, "write_ms": written * 1e3, "crop_ms": crops}
-
-
-def print_row(row: dict[str, Any], starred: bool) -> None:
-    """Prints one setting of the first table."""
-    cells = f"{row['codec']:>8} {row['level']:>5} {row['filters']:>8} {row['block']:>5}"
-    figures = f"{row['megabytes']:>7.2f} {row['write_ms']:>9.1f}"
-    crops = "".join(f"{milliseconds:>9.2f}" for milliseconds in row["crop_ms"].values())
-    print(f"{cells} {figures}{crops}{' *' if starred else ''}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark and prints its tables."""
     arguments = parser().parse_args(argv)
     blosc2.set_nthreads(1)
-    volume = read_volume(arguments.image) if arguments.image else made_volume(arguments.edge)
+    machine = describe_machine()
+    volume = read_volume(arguments.image) if arguments.image else stored_volume(arguments.edge)
     print(f"volume {' x '.join(map(str, volume.shape))}, {volume.nbytes / 1e6:.1f} MB as float16")
-    print(f"{'codec':>8} {'level':>5} {'filter':>8} {'block':>5} {'MB':>7} {'write ms':>9}", end="")
-    print("".join(f"{f'{edge}³ ms':>9}" for edge in arguments.crops))
+    columns = {"codec": ">8", "level": ">5", "filter": ">8", "block": ">5", "MB": ">7.2f", "write ms": ">9.1f"}
+    table = Table({**columns, **{f"{edge}³ ms": ">8.2f" for edge in arguments.crops}, "": "<1"})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for setting in SETTINGS:
             row = measure(volume, setting, arguments, Path(folder))
             rows.append(row)
-            print_row(row, setting == IN_USE)
-    print(f"{'block':>8}" + "".join(f"{f'{edge}³ x':>9}" for edge in arguments.crops))
+            figures = (*asdict(setting).values(), row["megabytes"], row["write_ms"], *row["crop_ms"].values())
+            table.row(*figures, "*" if setting == IN_USE else "")
+    table = Table({"block": ">8", **{f"{edge}³ x": ">8.2f" for edge in arguments.crops}})
     decoded = {}
     for edge in sorted({setting.block for setting in SETTINGS}):
         block = blocks_of(volume.shape, edge)
         decoded[edge] = {crop: amplification(volume.shape, block, crop) for crop in arguments.crops}
-        print(f"{edge:>8}" + "".join(f"{value:>9.2f}" for value in decoded[edge].values()))
-    if arguments.json:
-        figures = {"shape": volume.shape, "settings": rows, "voxels_decoded_per_voxel": decoded}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        table.row(edge, *decoded[edge].values())
+    finish(arguments, machine, {"shape": volume.shape, "settings": rows, "voxels_decoded_per_voxel": decoded})
 
 
 if __name__ == "__main__":

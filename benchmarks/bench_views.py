@@ -1,24 +1,22 @@
 """What views cost: this project's batched ones against batchgeneratorsv2's transforms, sample by sample, on one thread.
 
-`spatial` and `intensity` are drawn with the probabilities of nnU-Net's training; the changes of intensity follow, each
-applied to every sample. Both make what they change of data that stays as it is. `--device cuda` times ours on a GPU,
-where training runs them; batchgeneratorsv2 stays on the CPU, as in nnU-Net. On a CPU the times are CPU times.
+`spatial` and `intensity` are drawn with the probabilities of nnU-Net's training; `resampling` rotates and scales every
+sample, and the changes of intensity follow, each applied to every sample. Both make what they change of data that stays
+as it is. `--device cuda` times ours on a GPU, where training runs them; batchgeneratorsv2 stays on the CPU, as in
+nnU-Net. On a CPU the times are CPU times.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from copy import copy
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import Table, describe_machine, finish, make_parser, medians, seconds
 
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.views.intensity import IntensityConfig, intensity_view
@@ -34,13 +32,11 @@ CHANGES = ("noise", "blur", "brightness", "contrast", "low_resolution", "inverte
 
 def parser() -> argparse.ArgumentParser:
     """The benchmark's arguments."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = make_parser(__doc__)
     result.add_argument("--edges", type=int, nargs="+", default=[64, 96, 160], help="patch edges (default: 64 96 160)")
     result.add_argument("--device", default="cpu", help="where ours run (default: cpu)")
     result.add_argument("--num_batches", type=int, default=12, help="batches of one run of what is drawn (default: 12)")
     result.add_argument("--num_always", type=int, default=3, help="batches of one run of a change (default: 3)")
-    result.add_argument("--repeats", type=int, default=3, help="runs of each, of which the median counts (default: 3)")
-    result.add_argument("--json", type=Path, help="also write the figures to this file")
     return result
 
 
@@ -59,8 +55,10 @@ def our_views(edge: int, device: torch.device) -> dict[str, Callable[[], Any]]:
         config = IntensityConfig(**{**dict.fromkeys(CHANGES, 0.0), name: 1.0})
         return intensity_view(data, valid, random(), config)
 
+    always = SpatialConfig(rotation=1, scaling=1)
     return {
         "spatial": lambda: spatial_view(data, valid, spacing, random(), SpatialConfig()),
+        "resampling": lambda: spatial_view(data, valid, spacing, random(), always),
         "intensity": lambda: intensity_view(data, valid, random(), IntensityConfig()),
         "block mask": lambda: block_mask(random(), shape, BLOCK_SIZE, MASK_RATIO, device=device),
         **{name: partial(change, name) for name in CHANGES},
@@ -75,6 +73,9 @@ def their_views(edge: int) -> dict[str, Callable[[], Any]]:
     angle = (-torch.pi / 6, torch.pi / 6)
     composed = nnUNetTrainer.get_training_transforms(shape, angle, None, (0, 1, 2), False).transforms
     kinds = {name: [t for t in composed if _kind(t) == name] for name in ("spatial", "intensity")}
+    resampling = copy(kinds["spatial"][0])
+    resampling.p_rotation = resampling.p_scaling = 1.0
+    kinds["resampling"] = [resampling, *kinds["spatial"][1:]]
     changes = zip(CHANGES, kinds["intensity"], strict=True)
     kinds |= {name: [_always(random.transform)] for name, random in changes}
     data = torch.randn(BATCH_SIZE, 1, *shape)
@@ -103,43 +104,29 @@ def _kind(transform: Any) -> str:
     return "intensity" if any(change in name for change in changes) else "other"
 
 
-def milliseconds(view: Callable[[], Any], num_batches: int, repeats: int, device: torch.device) -> float:
-    """Milliseconds a sample: the median of several runs after a first call that is not counted."""
-
-    def now() -> float:
-        if device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    view()
-    times = []
-    for _ in range(repeats):
-        started = now()
-        for _ in range(num_batches):
-            view()
-        times.append(now() - started)
-    return 1000 * statistics.median(times) / num_batches / BATCH_SIZE
+def milliseconds(view: Callable[[], Any], num_batches: int, device: str) -> float:
+    """Milliseconds a sample, over some batches."""
+    return 1000 * seconds(lambda: [view() for _ in range(num_batches)], device) / num_batches / BATCH_SIZE
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark and prints a table."""
     arguments = parser().parse_args(argv)
     torch.set_num_threads(1)
-    device, cpu = torch.device(arguments.device), torch.device("cpu")
-    figures = []
-    print(f"{'patch':>6} {'view':>14} {'bgv2 ms':>9} {'this ms':>9} {'ratio':>7}")
+    machine, figures = describe_machine(), []
+    table = Table({"patch": ">6", "view": ">14", "bgv2 ms": ">9.2f", "this ms": ">9.2f", "ratio": ">7.2f"})
     for edge in arguments.edges:
         theirs = their_views(edge)
-        for name, view in our_views(edge, device).items():
-            number = arguments.num_always if name in CHANGES else arguments.num_batches
-            ours = milliseconds(view, number, arguments.repeats, device)
-            other = milliseconds(theirs[name], number, arguments.repeats, cpu) if name in theirs else None
-            figures.append({"patch": edge, "view": name, "batchgeneratorsv2_ms": other, "this_ms": ours})
-            compared = f"{other:>9.2f} {ours:>9.2f} {other / ours:>6.1f}x" if other else f"{'-':>9} {ours:>9.2f}"
-            print(f"{edge:>5}³ {name:>14} {compared}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        for name, view in our_views(edge, torch.device(arguments.device)).items():
+            number = arguments.num_always if name in (*CHANGES, "resampling") else arguments.num_batches
+            runs = [partial(milliseconds, view, number, arguments.device)]
+            if name in theirs:
+                runs.append(partial(milliseconds, theirs[name], number, "cpu"))
+            ours, *other = medians(runs, arguments.repeats)
+            bgv2 = other[0] if other else None
+            figures.append({"patch": edge, "view": name, "batchgeneratorsv2_ms": bgv2, "this_ms": ours})
+            table.row(f"{edge}³", name, bgv2, ours, bgv2 / ours if bgv2 else None)
+    finish(arguments, machine, figures)
 
 
 if __name__ == "__main__":
