@@ -25,13 +25,15 @@ from nnssl_ext.downstream.frozen import Frozen
 from nnssl_ext.downstream.grids import Grid, coarser, prepared_grid
 from nnssl_ext.downstream.windows import Window, batches, crop_window, window_size, windows
 from nnssl_ext.imageio import Geometry
-from nnssl_ext.models.backbone import is_transformer, token_level
+from nnssl_ext.models.backbone import is_transformer
 from nnssl_ext.preprocessing.case import preprocess_array
 
 logger = logging.getLogger(__name__)
 
 LEAST_COVER = 0.5
 """Share of the patch that an image must fill along every axis: beyond that the network would see mostly padding."""
+DENSE_STRIDE = 4
+"""Voxels of the cells of the feature map that is taken where none is asked for: deep, and still dense."""
 SIGMA = 1 / 8
 """Spread of a window's Gaussian as a share of its edge, nnU-Net's."""
 LARGEST = float(np.finfo(np.float16).max)
@@ -135,8 +137,9 @@ def prepare(
 
 
 def default_level(frozen: Frozen) -> int:
-    """The feature map whose positions are the network's tokens."""
-    return token_level(frozen.encoder.strides, frozen.configuration.patch_size)
+    """The deepest feature map whose cells are 4 voxels or less along every axis, else the finest."""
+    dense = [level for level, stride in enumerate(frozen.encoder.strides) if max(stride) <= DENSE_STRIDE]
+    return dense[-1] if dense else 0
 
 
 def dense_features(

@@ -136,9 +136,9 @@ def _draw(
     reference = next(iter(rows.values())) > 0
     box = region_of_interest(reference, spacing)
     window = tuple(float(value) for value in np.percentile(image, _WINDOW))
-    cropped, slices, shown = image[box], widest_slices(reference[box]), _planes(image.shape)
+    cropped, slices, shown = image[box], widest_slices(reference[box]), planes(image.shape)
     extents = [size * step for size, step in zip(cropped.shape, spacing, strict=True)]
-    ratios = [width / height for height, width in (_plane_size(extents, plane) for plane in shown)]
+    ratios = [width / height for height, width in (plane_size(extents, plane) for plane in shown)]
     row_height = min(_ROW_HEIGHT, PAGE_WIDTH / sum(ratios))
     with drawing(row_height * sum(ratios), row_height * len(rows) + _TITLE_HEIGHT) as figure:
         axes = grid_of_axes(figure, len(rows), len(shown), width_ratios=ratios)
@@ -146,26 +146,27 @@ def _draw(
             for column, plane in enumerate(shown):
                 pixels = np.take(cropped, slices[plane], axis=plane)
                 outlines = np.take(labels[box], slices[plane], axis=plane)
-                _panel(axes[row][column], pixels, outlines, window, _pixel_aspect(spacing, plane), plane, classes)
+                _panel(axes[row][column], pixels, outlines, window, pixel_aspect(spacing, plane), plane, classes)
                 if row == 0:
                     axes[row][column].set_title(PLANES[plane], color=MUTED, fontweight="normal", loc="center")
             axes[row][0].set_ylabel(name)
         return encode(figure)
 
 
-def _planes(shape: Sequence[int]) -> list[int]:
+def planes(shape: Sequence[int]) -> list[int]:
     """Axes to cut across: all three, or only the first for a 2D image."""
     return [0] if shape[0] == 1 else [0, 1, 2]
 
 
-def _plane_size(extents: Sequence[float], plane: int) -> tuple[float, float]:
+def plane_size(extents: Sequence[float], plane: int) -> tuple[float, float]:
     """Height and width in mm of the picture across an axis."""
     height, width = (extent for axis, extent in enumerate(extents) if axis != plane)
     return height, width
 
 
-def _pixel_aspect(spacing: Sequence[float], plane: int) -> float:
-    height, width = _plane_size(spacing, plane)
+def pixel_aspect(spacing: Sequence[float], plane: int) -> float:
+    """Height of a voxel over its width in the picture across an axis."""
+    height, width = plane_size(spacing, plane)
     return height / width
 
 

@@ -269,6 +269,8 @@ def test_mistakes_are_named(tiny_plan):
         dense_features(frozen, volume, what="attention")
     with pytest.raises(ValueError, match="3 components of 1 channels"):
         fit_pca([dense_features(frozen, volume, 0)], 3)
+    assert default_level(frozen) == 2
+    frozen.encoder.strides = ((1, 1, 1), (1, 4, 4), (2, 8, 8))
     assert default_level(frozen) == 1
 
 
