@@ -22,6 +22,8 @@ COMMANDS = (
     "env",
     "evaluate",
     "report",
+    "features",
+    "register",
     "demo",
 )
 
