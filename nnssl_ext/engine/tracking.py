@@ -21,6 +21,7 @@ import torch
 
 from nnssl_ext.core.records import atomic_path, write_text
 from nnssl_ext.engine.pictures import DPI, draw_progress, draw_reconstruction
+from nnssl_ext.engine.saturation import solved, verdict
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -101,6 +102,9 @@ class Tracker:
                 if isinstance(value, float):
                     self._writer.add_scalar(name, value, epoch)
         logger.info(epoch_line(metrics, timing, self.num_epochs))
+        for name, since in solved(self.metrics.records).items():
+            if since == epoch:
+                logger.warning(verdict(name, since))
         if time.monotonic() - self._drawn > PROGRESS_INTERVAL or epoch == self.num_epochs - 1:
             self.draw_progress()
         else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.engine.saturation import solved, verdict
 from nnssl_ext.engine.tracking import read_records
 from nnssl_ext.reports.style import (
     ARM_COLOURS,
@@ -43,6 +44,8 @@ class Pretraining:
     """First reconstruction, where there are several."""
     last: Picture | None
     num_epochs: int
+    solved: tuple[str, ...] = ()
+    """What is to be said of tasks that the network has solved."""
 
 
 def read_pretraining(folder: Path) -> Pretraining:
@@ -56,6 +59,7 @@ def read_pretraining(folder: Path) -> Pretraining:
         first=Picture(data_uri(pictures[0].read_bytes())) if len(pictures) > 1 else None,
         last=Picture(data_uri(pictures[-1].read_bytes())) if pictures else None,
         num_epochs=len(records),
+        solved=tuple(verdict(name, epoch) for name, epoch in solved(records).items()),
     )
 
 
