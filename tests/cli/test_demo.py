@@ -49,19 +49,39 @@ def test_a_command_that_fails_ends_the_demo_with_its_status(tmp_path, capsys):
     assert "the demo stops here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("steps", "warned"), [(300, True), (2000, False)])
-def test_a_short_pretraining_is_called_one_at_the_end(tmp_path, monkeypatch, capsys, steps, warned):
-    """Catches a demo that lets its few steps stand for what pretraining is worth."""
-    verdict = SimpleNamespace(headline="Pretraining came out behind.", certainty="One seed.")
-    found = SimpleNamespace(
-        reference=SimpleNamespace(name="s"),
-        num_train=(5,),
-        summary=lambda *key: SimpleNamespace(mean=0.6),
-        verdicts=[verdict],
-    )
-    monkeypatch.setattr(records, "load_evaluation", lambda folder: found)
+@pytest.fixture
+def finish(tmp_path, monkeypatch):
+    """Ends a demo whose arm from scratch reached the given Dice after so many steps of pretraining."""
     (tmp_path / "results/Dataset002_Demo").mkdir(parents=True)
-    demo._finish(tmp_path, 60, steps)
+
+    def end(mean: float | None, steps: int) -> None:
+        found = SimpleNamespace(
+            reference=SimpleNamespace(name="s"),
+            num_train=(5,),
+            summary=lambda *key: SimpleNamespace(mean=mean),
+            verdicts=[SimpleNamespace(headline="Pretraining came out behind.", certainty="One seed.")],
+        )
+        monkeypatch.setattr(records, "load_evaluation", lambda folder: found)
+        demo._finish(tmp_path, 60, steps)
+
+    return end
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(300, True), (2000, False)])
+def test_a_short_pretraining_is_called_one_at_the_end(finish, capsys, steps, warned):
+    """Catches a demo that lets its few steps stand for what pretraining is worth."""
+    finish(0.31, steps)
     told = capsys.readouterr().out
     assert "Pretraining came out behind." in told
     assert (f"{steps} steps of pretraining show every stage, not what pretraining is worth" in told) == warned
+
+
+@pytest.mark.parametrize("mean", [0.29, None])
+def test_a_baseline_that_learned_nothing_ends_the_demo_loudly(finish, capsys, mean):
+    """Catches a demo that compares nothing with nothing and calls that a result."""
+    with pytest.raises(SystemExit) as stopped:
+        finish(mean, 300)
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert f"reached a Dice of {mean}, below 0.3" in told.err
+    assert told.out == ""
