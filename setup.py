@@ -21,6 +21,7 @@ COMMANDS = (
     "plan_finetuning",
     "env",
     "evaluate",
+    "compare",
     "report",
     "features",
     "register",

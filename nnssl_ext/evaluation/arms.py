@@ -245,6 +245,29 @@ def find_leaks(arms: Iterable[PlannedArm], hashes: Mapping[str, Sequence[str]]) 
     return leaks
 
 
+def refuse_seen(name: str, cases: Sequence[str], splits: Sequence[Split]) -> None:
+    """Refuses cases of the folds that were pretrained on.
+
+    Args:
+        name: Whose pretraining set it is.
+        cases: Those in it.
+        splits: The folds.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if not cases:
+        return
+    validated = {case for split in splits for case in split.val}
+    held_out = [case for case in cases if case in validated]
+    kind, shown = ("validation", held_out) if held_out else ("training", cases)
+    raise ValueError(
+        f"{len(shown)} {kind} cases were in the pretraining set of {name}, such as {', '.join(shown[:3])}: their "
+        "result would not be honest. Pretrain on other images (nnssl_convert msd ... --unlabelled N makes disjoint "
+        "datasets), or leave these cases out of the folds"
+    )
+
+
 def refuse_leaks(arms: Sequence[PlannedArm], hashes: Mapping[str, Sequence[str]], splits: Sequence[Split]) -> list[str]:
     """Refuses an evaluation whose cases were pretrained on; returns warnings where that cannot be known.
 
@@ -252,14 +275,7 @@ def refuse_leaks(arms: Sequence[PlannedArm], hashes: Mapping[str, Sequence[str]]
         ValueError: If a validation or training case of any fold was in a pretraining set, by content.
     """
     for name, cases in find_leaks(arms, hashes).items():
-        validated = {case for split in splits for case in split.val}
-        held_out = [case for case in cases if case in validated]
-        kind, shown = ("validation", held_out) if held_out else ("training", cases)
-        raise ValueError(
-            f"{len(shown)} {kind} cases were in the pretraining set of {name}, such as {', '.join(shown[:3])}: their "
-            "result would not be honest. Pretrain on other images (nnssl_convert msd ... --unlabelled N makes disjoint "
-            "datasets), or leave these cases out of the folds"
-        )
+        refuse_seen(name, cases, splits)
     return [
         f"The checkpoint of {arm.label} does not say which images it was pretrained on, so it cannot be checked "
         "whether the cases evaluated here were among them."

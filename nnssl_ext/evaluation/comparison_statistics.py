@@ -4,7 +4,8 @@ Three views, each conditional on something else:
 
 - The *two-level bootstrap* draws seeds and cases, the same ones for all arms, and says how often each arm gets each
   rank, and between what limits every difference lies. It speaks about methods, as far as a few seeds can; with two or
-  three it is rather too sure, hence a difference must also exceed what the luck of the trainings could make.
+  three it is rather too sure, hence a difference must also exceed what the luck of the seeds could make: half of
+  Student's interval for the pair, and Tukey's honest difference for all pairs at once.
 - *Friedman's test over cases* with *Nemenyi's critical difference* (Demsar 2006) speaks about the networks that were
   trained: another seed might rank them otherwise.
 - The same *over seeds* (means over cases as blocks) speaks about methods, and can hardly ever separate them: there are
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -50,6 +52,14 @@ def ranks_of(scores: Array) -> Array:
     return np.asarray(rankdata(-scores, axis=0), dtype=float)
 
 
+@cache
+def studentised_range(num_arms: int, freedom: float) -> float:
+    """The quantile at `CONFIDENCE` of the range of `num_arms` normal means in units of their standard error."""
+    from scipy.stats import studentized_range
+
+    return float(studentized_range.ppf(CONFIDENCE, num_arms, freedom))
+
+
 def nemenyi_difference(num_arms: int, num_blocks: int) -> float:
     """Nemenyi's critical difference of mean ranks at the level .05 (Demsar 2006, eq. in section 3.2.2).
 
@@ -59,9 +69,7 @@ def nemenyi_difference(num_arms: int, num_blocks: int) -> float:
         num_arms: k, 2 or more.
         num_blocks: N, 1 or more.
     """
-    from scipy.stats import studentized_range
-
-    q = float(studentized_range.ppf(CONFIDENCE, num_arms, np.inf)) / np.sqrt(2)
+    q = studentised_range(num_arms, np.inf) / np.sqrt(2)
     return float(q * np.sqrt(num_arms * (num_arms + 1) / (6 * num_blocks)))
 
 
@@ -148,6 +156,29 @@ def _share_ties(shares: Array, values: Array, order: Array) -> None:
             places = np.flatnonzero(np.isin(order, arms))
             shares[order[places], places] -= 1
             shares[np.ix_(arms, places)] += 1 / len(arms)
+
+
+def honest_difference(scores: Array) -> float | None:
+    """Tukey's honest significant difference of arms' means, with seeds as blocks: less may be the luck of the seeds.
+
+    That luck is what is left of an arm's mean in a seed beside the arm's and the seed's own, pooled over arms, so it is
+    steadier than a single pair's; and the limit holds for all pairs at once. For two arms it is half of Student's
+    paired interval.
+
+    Args:
+        scores: (arms, seeds, cases), all defined.
+
+    Returns:
+        The difference at the level .05, in units of the scores, or None with fewer than two arms or seeds.
+    """
+    means = scores.mean(axis=2)
+    num_arms, num_seeds = means.shape
+    freedom = (num_arms - 1) * (num_seeds - 1)
+    if freedom < 1:
+        return None
+    left = means - means.mean(axis=0, keepdims=True) - means.mean(axis=1, keepdims=True) + means.mean()
+    variance = float((left**2).sum()) / freedom
+    return studentised_range(num_arms, freedom) * float(np.sqrt(variance / num_seeds))
 
 
 def seeds_in_favour(differences: Array) -> int:

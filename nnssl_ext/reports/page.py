@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
 
 def render(evaluation: Evaluation) -> str:
     """The report as HTML text, with its style and all pictures inside."""
+    return fill(TEMPLATE, context(evaluation))
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """A template of this package with everything that it shows."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -53,7 +59,7 @@ def render(evaluation: Evaluation) -> str:
         lstrip_blocks=True,
     )
     environment.filters["minus"] = minus
-    return environment.get_template(TEMPLATE).render(context(evaluation))
+    return environment.get_template(template).render(values)
 
 
 def minus(text: str) -> str:

@@ -130,3 +130,28 @@ def test_seeds_in_favour_and_pairs() -> None:
     scores = np.ones((2, 2, 3))
     scores[1, 0, 1] = np.nan
     np.testing.assert_array_equal(compared.complete(scores), [True, False, True])
+
+
+def test_tukeys_difference_of_two_arms_is_half_of_students_paired_interval() -> None:
+    """Fails where the studentised range is not that of a difference, or the degrees of freedom are of one arm alone."""
+    scores = generator("tukey").normal(size=(2, 4, 6))
+    own = statistics.undecidable_below(scores[0] - scores[1], [0] * 6)
+    assert compared.honest_difference(scores) == pytest.approx(own)
+    assert compared.honest_difference(scores[:, :1]) is None
+    assert compared.honest_difference(scores[:1]) is None
+
+
+def test_among_many_equal_arms_luck_is_seldom_called_a_difference() -> None:
+    """Six arms that do not differ, three seeds: fifteen pairs. Fails where the limit is that of single pairs."""
+    wrong, wrong_alone = [], []
+    for trial in range(150):
+        random = generator("equal arms", trial)
+        scores = np.repeat(random.normal(0, 0.02, (6, 3, 1)), 2, axis=2)
+        means, limit = scores.mean(axis=(1, 2)), compared.honest_difference(scores)
+        pairs = compared.pairs_of(range(6))
+        alone = [statistics.undecidable_below(scores[a] - scores[b], [0, 0]) for a, b in pairs]
+        apart = [abs(means[a] - means[b]) for a, b in pairs]
+        wrong.append(any(gap > max(own, limit) for gap, own in zip(apart, alone, strict=True)))
+        wrong_alone.append(any(gap > own for gap, own in zip(apart, alone, strict=True)))
+    assert np.mean(wrong) < 0.08
+    assert np.mean(wrong_alone) > 0.15

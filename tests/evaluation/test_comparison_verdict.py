@@ -1,0 +1,99 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nnssl_ext.evaluation import comparison_verdict, statistics
+from nnssl_ext.evaluation.metrics import ClassScores
+from tests.evaluation import comparison_fakes as fakes
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return fakes.make_comparison()
+
+
+def test_arms_are_ranked_by_their_mean_and_pairs_are_those_of_the_scores(comparison) -> None:
+    ranking, rows = comparison.rankings[0], fakes.case_scores()
+    assert [arm.label for arm in ranking.arms] == ["MAE", "Spark", "MAE sham", "scratch", "DINOv2"]
+    differences = fakes.cases_of(rows, "MAE", 5) - fakes.cases_of(rows, "scratch", 5)
+    pair = ranking.pair("scratch", "MAE")
+    assert (pair.first, pair.second) == ("MAE", "scratch")
+    assert pair.row.difference == pytest.approx(differences.mean())
+    assert pair.row.p_value == statistics.wilcoxon(differences.mean(axis=0))
+    assert pair.row.interval.low < differences.mean() < pair.row.interval.high
+    assert pair.decided
+    assert pair.seeds_in_favour == 3
+
+
+def test_holm_corrects_over_all_pairs_and_sizes(comparison) -> None:
+    """Ten pairs at two sizes are twenty tests; fails where each size has a family of its own."""
+    rows = [pair.row for ranking in comparison.rankings for pair in ranking.pairs]
+    assert min(row.p_holm for row in rows) == pytest.approx(20 * min(row.p_value for row in rows))
+
+
+def test_what_can_be_said(comparison) -> None:
+    assert comparison.headline == "With 5 and 20 training cases the best is MAE or Spark, which cannot be told apart."
+    first, *rest = comparison.rankings[0].sentences
+    assert first.startswith("With 5 training cases MAE has the highest mean Dice (0.749) and comes first in over 99%")
+    assert first.endswith("it is better than MAE sham, scratch and DINOv2, and cannot be told from Spark.")
+    assert "Spark is better than scratch (+0.047)." in rest
+    assert "cannot give a p under 0.25 even if every seed agrees" in comparison.certainty
+    assert comparison.certainty.startswith("3 seeds stand behind this")
+
+
+def test_a_difference_within_the_luck_of_the_seeds_is_undecided() -> None:
+    """All cases agree and the bootstrap excludes zero, but the seeds spread: fails where only cases are asked."""
+    unlucky = fakes.make_comparison({"scratch": 0.70, "MAE": 0.74}, sizes=(5,), luck=0.03)
+    (pair,) = unlucky.rankings[0].pairs
+    assert pair.row.p_holm < 0.001
+    assert not pair.decided
+    assert unlucky.headline == "With 5 training cases no method can be told from another."
+
+
+def test_one_seed_decides_nothing() -> None:
+    single = fakes.make_comparison({"scratch": 0.5, "MAE": 0.9}, sizes=(5,), seeds=(0,))
+    (pair,) = single.rankings[0].pairs
+    assert pair.row.undecidable_below is None
+    assert not pair.decided
+    assert single.rankings[0].over_seeds is None
+    assert (
+        "comes first in all of the resamples of cases; it cannot be told from scratch"
+        in (single.rankings[0].sentences[0])
+    )
+    assert single.certainty.startswith("One seed stands behind this")
+
+
+def test_a_best_arm_is_named() -> None:
+    clear = fakes.make_comparison({"scratch": 0.5, "MAE": 0.9, "Spark": 0.7}, sizes=(5,))
+    assert clear.headline == "With 5 training cases MAE is best."
+    assert clear.rankings[0].sentences[0].endswith("it is better than all others.")
+
+
+def test_cases_without_a_score_in_one_arm_are_left_out_for_all() -> None:
+    empty = ClassScores(dice=None, nsd=None, hd95=None, reference_voxels=0, predicted_voxels=0)
+    rows = fakes.case_scores(sizes=(5,))
+    gap = next(i for i, row in enumerate(rows) if (row.arm, row.seed, row.case) == ("ptPlans__MAE", 1, "case_03"))
+    rows[gap] = replace(rows[gap], classes={"organ": empty})
+    labels = {f"ptPlans__{label}": label for label in fakes.LEVELS}
+    (ranking,) = comparison_verdict.rank_arms(rows, labels, (5,))
+    assert (ranking.num_cases, ranking.num_left_out) == (23, 1)
+    known = [case for case in range(24) if case != 3]
+    expected = fakes.cases_of(fakes.case_scores(sizes=(5,)), "scratch", 5)[:, known].mean()
+    assert next(arm for arm in ranking.arms if arm.label == "scratch").mean == pytest.approx(expected)
+
+
+def test_rank_tests_stand_in_the_order_of_the_arms(comparison) -> None:
+    ranking = comparison.rankings[0]
+    rows = fakes.case_scores()
+    scores = np.stack([fakes.cases_of(rows, arm.label, 5) for arm in ranking.arms])
+    ranks = np.argsort(np.argsort(-scores.mean(axis=1), axis=0), axis=0) + 1
+    assert ranking.over_cases.mean_ranks == pytest.approx(ranks.mean(axis=1))
+    assert (ranking.over_cases.num_blocks, ranking.over_seeds.num_blocks) == (24, 3)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0%"), (0.004, "under 1%"), (0.5, "50%"), (0.996, "over 99%"), (1.0, "all")]
+)
+def test_shares_are_never_rounded_to_certainty(share: float, text: str) -> None:
+    assert comparison_verdict.share_text(share) == text
