@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from torch import nn
 
 Role = Literal["encoder", "rest"]
 GroupKey = tuple[Role, bool, float]
+MOST_BY_SIZE = 10.0
+"""Largest factor on the learning rate of a small network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +24,13 @@ class OptimConfig:
     """Kind of optimiser: `sgd` or `adamw`."""
     lr: float = 1e-2
     """Peak learning rate, above 0. The schedule multiplies it by a factor in [0, 1]."""
+    lr_size: float | None = None
+    """Parameters, above 0, of the encoder that `lr` is meant for: other sizes take the root of the ratio times as much,
+    ten times at most. None: the same for all sizes."""
     weight_decay: float = 3e-5
     """Weight decay, 0 or more: coupled (L2) in SGD, decoupled in AdamW."""
+    final_weight_decay: float | None = None
+    """Weight decay at the end of the run, 0 or more, reached by half a cosine; none: it stays as it is."""
     momentum: float = 0.99
     """Momentum of SGD, in [0, 1). AdamW ignores it."""
     nesterov: bool = True
@@ -42,13 +50,20 @@ class OptimConfig:
         for name in ("lr", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be above 0.")
-        for name in ("weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
+        if self.lr_size is not None and not self.lr_size > 0:
+            raise ValueError(f"optim.lr_size={self.lr_size} must be above 0, or None.")
+        for name in ("weight_decay", "clip", "final_weight_decay"):
+            if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be 0 or more.")
         if not all(0 <= value < 1 for value in (self.momentum, *self.betas)):
             raise ValueError(f"optim.momentum={self.momentum} and optim.betas={self.betas} must lie in [0, 1).")
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov=True needs optim.momentum above 0; set optim.nesterov=False to use none.")
+
+
+def size_factor(config: OptimConfig, num_parameters: int) -> float:
+    """By how much the learning rate of an encoder of so many parameters exceeds `lr`."""
+    return 1.0 if config.lr_size is None else min((config.lr_size / num_parameters) ** 0.5, MOST_BY_SIZE)
 
 
 def no_scaling(name: str) -> float:
@@ -71,7 +86,8 @@ def parameter_groups(
         encoder_prefix: Names that begin so belong to the encoder, which some schedules treat apart from the rest.
 
     Returns:
-        Groups for a torch optimiser, with the extra keys `role` and `lr_scale`, in the order of first appearance.
+        Groups for a torch optimiser, with the extra keys `role`, `lr_scale` and `decays`, in the order of first
+        appearance.
 
     Raises:
         ValueError: Where no parameter is trainable, or a scale is negative.
@@ -92,6 +108,7 @@ def parameter_groups(
                 "role": role,
                 "lr_scale": scale,
                 "lr": config.lr * scale,
+                "decays": decays,
                 "weight_decay": config.weight_decay if decays else 0.0,
             },
         )
@@ -125,3 +142,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, factor_of: 
     for group in optimizer.param_groups:
         group["lr"] = peak * factor_of(group["role"]) * group["lr_scale"]
     return max(group["lr"] for group in optimizer.param_groups)
+
+
+def weight_decay_at(config: OptimConfig, share: float) -> float:
+    """The weight decay after a share of the run, in [0, 1]."""
+    start, end = config.weight_decay, config.final_weight_decay
+    return start if end is None else end - (end - start) * (1 + math.cos(math.pi * share)) / 2
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Sets that of every group that decays.
+
+    Args:
+        optimizer: Made by `build_optimizer`.
+        weight_decay: 0 or more.
+    """
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -22,6 +22,8 @@ class ScheduleConfig:
     """Shape after the warm-up: `poly`, `cosine`, `constant`, or `sawtooth` (a tooth for the heads, then for all)."""
     warmup_steps: int = 0
     """Optimiser steps of linear warm-up, 0 or more."""
+    warmup_share: float = 0.0
+    """Shortest warm-up as a share of the run, in [0, 1]: long runs lengthen theirs."""
     warmup_limit: float = 0.1
     """Longest warm-up as a share of the run, in [0, 1]: short runs shorten their warm-up, so that they leave it."""
     exponent: float = 0.9
@@ -37,7 +39,7 @@ class ScheduleConfig:
         for name in ("warmup_steps", "head_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name}={getattr(self, name)} must be 0 or more.")
-        for name in ("warmup_limit", "final_factor"):
+        for name in ("warmup_share", "warmup_limit", "final_factor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"schedule.{name}={getattr(self, name)} must lie in [0, 1].")
         if not self.exponent > 0:
@@ -67,8 +69,8 @@ def tooth(step: int, total: int, warmup_steps: int, exponent: float = 0.9) -> fl
 
 
 def warmup_length(config: ScheduleConfig, total: int) -> int:
-    """Steps of warm-up in a run of `total` steps: the configured number, or the allowed share of a short run."""
-    return min(config.warmup_steps, int(config.warmup_limit * total))
+    """Steps of warm-up in a run of `total` steps: the configured number, within the shares of the run."""
+    return min(max(config.warmup_steps, int(config.warmup_share * total)), int(config.warmup_limit * total))
 
 
 def head_length(config: ScheduleConfig, total: int) -> int:

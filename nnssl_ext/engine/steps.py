@@ -18,7 +18,14 @@ from nnssl_ext.engine.device import autocast, loss_scaler
 from nnssl_ext.engine.distributed import World, gather, mean_over_ranks
 from nnssl_ext.engine.health import CaseQueue, merge
 from nnssl_ext.engine.monitors import FeatureMonitor, summarise
-from nnssl_ext.engine.optim import build_optimizer, parameter_groups, set_learning_rate
+from nnssl_ext.engine.optim import (
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+    set_weight_decay,
+    size_factor,
+    weight_decay_at,
+)
 from nnssl_ext.engine.schedules import schedule_factor
 from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput, Views
 from nnssl_ext.loading.batch import Batch
@@ -100,6 +107,7 @@ class Stepper:
         groups = parameter_groups(task.named_parameters(), trainer.optim, task.lr_scale)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = build_optimizer(groups, trainer.optim)
+        self.peak = trainer.optim.lr * size_factor(trainer.optim, sum(p.numel() for p in task.encoder.parameters()))
         self.scaler = loss_scaler(precision, device)
         self.plain: nn.Module = torch.compile(task) if compile_task else task  # type: ignore[assignment]
         self.module = self.plain if world.size == 1 else _distributed(self.plain, device)
@@ -124,8 +132,9 @@ class Stepper:
         self.task.train()
         self._reseed("train", step)
         total = self.trainer.total_steps
-        peak, schedule = self.lr_factor * self.trainer.optim.lr, self.trainer.schedule
+        peak, schedule = self.lr_factor * self.peak, self.trainer.schedule
         rate = set_learning_rate(self.optimizer, peak, lambda role: schedule_factor(schedule, step, total, role))
+        set_weight_decay(self.optimizer, weight_decay_at(self.trainer.optim, step / total))
         self.optimizer.zero_grad(set_to_none=True)
         values, seen = self._backward(list(batches), step)
         norm = self._update()

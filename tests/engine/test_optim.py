@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from nnssl_ext.engine.optim import OptimConfig, build_optimizer, parameter_groups, set_learning_rate
+from nnssl_ext.engine.optim import (
+    OptimConfig,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+    set_weight_decay,
+    size_factor,
+    weight_decay_at,
+)
 
 
 class Small(nn.Module):
@@ -41,6 +49,28 @@ def test_learning_rate_is_peak_times_role_factor_times_scale() -> None:
         {("encoder", 0.2): 0.05, ("encoder", 1.0): 0.25, ("rest", 0.2): 0.1, ("rest", 1.0): 0.5}
     )
     assert largest == 0.5
+
+
+def test_weight_decay_rises_by_half_a_cosine_where_something_decays() -> None:
+    """Fails if vectors that were spared come to decay, or if a constant one moves."""
+    config = OptimConfig(weight_decay=0.04, final_weight_decay=0.2, decay_vectors=False)
+    assert [weight_decay_at(config, share) for share in (0, 0.5, 1)] == pytest.approx([0.04, 0.12, 0.2])
+    assert weight_decay_at(OptimConfig(weight_decay=0.04), 0.5) == 0.04
+    optimizer = build_optimizer(parameter_groups(Small().named_parameters(), config), config)
+    set_weight_decay(optimizer, 0.1)
+    assert {(p.ndim, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]} == {
+        (1, 0.0),
+        (2, 0.1),
+    }
+
+
+def test_small_networks_learn_faster_by_the_root_of_their_size() -> None:
+    config = OptimConfig(lr_size=30e6)
+    sizes = (30_000_000, 120_000_000, 1_200_000, 5_000)
+    assert [size_factor(config, size) for size in sizes] == pytest.approx([1, 0.5, 5, 10])
+    assert size_factor(OptimConfig(), 5) == 1
+    with pytest.raises(ValueError, match=r"optim.lr_size=0"):
+        OptimConfig(lr_size=0)
 
 
 def test_one_step_of_nesterov_is_the_formula() -> None:

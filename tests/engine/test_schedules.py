@@ -39,6 +39,11 @@ def test_a_short_run_leaves_its_warmup() -> None:
     assert values.index(1.0) == 5
 
 
+def test_a_long_run_lengthens_its_warmup_and_a_short_one_still_leaves_it() -> None:
+    config = ScheduleConfig(name="cosine", warmup_steps=10, warmup_share=0.05)
+    assert [curve(config, total).index(1.0) for total in (50, 150, 400)] == [5, 10, 20]
+
+
 def test_sawtooth_rests_the_encoder_then_warms_the_whole_network() -> None:
     config = ScheduleConfig(name="sawtooth", head_steps=10, warmup_steps=9)
     encoder, rest = curve(config, 200, "encoder"), curve(config, 200, "rest")
