@@ -13,7 +13,7 @@ TORCH_FREE = ("core", "imageio", "dataset", "fingerprint", "planners", "preproce
 COMMANDS = sorted(
     module.name
     for module in pkgutil.iter_modules([str(Path(nnssl_ext.__path__[0]) / "cli")])
-    if module.name not in {"common"}
+    if module.name not in {"common", "machine"}
 )
 
 
