@@ -36,9 +36,9 @@ class HealthConfig:
     """Least mutual information of targets and cases, in nats."""
     information_share: float = 0.02
     """Least mutual information as a share of ln min(prototypes, cases)."""
-    rank_warn: float = 0.5
-    """Least effective rank as a share of the untrained network's."""
-    rank_fail: float = 0.25
+    rank_warn: float = 0.3
+    """Least effective rank as a share of the untrained network's. Learning four kinds of texture took it to .4."""
+    rank_fail: float = 0.2
     """The same, where the run goes back; also for the variance between cases."""
     between: float = 0.5
     """Least share of variance between cases, as a multiple of the untrained network's. In its first steps a run of
@@ -47,11 +47,14 @@ class HealthConfig:
     """Least spread of a volume's tokens as a share of that after the warm-up."""
     min_cases_to_stop: int = 16
     """Held-out cases that it takes to stop a run whose views of a case do not find each other."""
+    min_steps_to_stop: int = 1000
+    """Steps that it takes, 0 or more; at least a tenth of the run. Descriptors first lose what tells crops apart."""
     max_interventions: int = 3
     """Most automatic interventions of a run, 0 or more."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("queue", 8), ("min_cases", 3), ("max_interventions", 0), ("flat_steps", 1)):
+        least_of = {"every": 1, "queue": 8, "min_cases": 3, "max_interventions": 0, "flat_steps": 1}
+        for name, least in {**least_of, "min_steps_to_stop": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"health.{name}={getattr(self, name)} must be {least} or more.")
         if not 0 < self.flat_entropy <= 1:
@@ -95,8 +98,15 @@ def judge(
         patience: Steps after which flat targets are alarming.
         config: The thresholds.
     """
+    if "not_finite" in now:
+        return [_broken(now["not_finite"])]
     alarms = [*_ranks(now, untrained, config), *_spreads(now, untrained, settled, config)]
     return [*alarms, *_targets(now, flat_steps, patience, config)]
+
+
+def _broken(number: float) -> Alarm:
+    words = f"embeddings of {number:.0f} cases are not finite, though the loss is"
+    return Alarm(name="not_finite", value=number, limit=0.0, diagnosis=words, slower=True, roll_back=True)
 
 
 def _ranks(now: Mapping[str, float], untrained: Mapping[str, float], config: HealthConfig) -> list[Alarm]:

@@ -180,10 +180,28 @@ def merge(states: Sequence[Mapping[str, Any]], capacity: int) -> dict[str, Any]:
     return queue.state()
 
 
-def statistics(queue: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The numbers of health of the merged queue; those that cannot be told are absent."""
+def finite_rows(queue: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows of a merged queue that are finite throughout: a loss may be finite where an embedding is not."""
     if not queue:
         return {}
+    finite = torch.stack([value.isfinite().view(len(value), -1).all(1) for value in queue.values()]).all(0)
+    return {name: value[finite] for name, value in queue.items()}
+
+
+def statistics(shown: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The numbers of health of the merged queue; those that cannot be told are absent.
+
+    Rows that are not finite are left out, and counted as `not_finite`.
+    """
+    if not shown:
+        return {}
+    queue = finite_rows(shown)
+    not_finite = len(shown["first"]) - len(queue["first"])
+    found = _of_finite(queue) if len(queue["first"]) else {"num_cases": 0.0}
+    return {**found, "not_finite": float(not_finite)} if not_finite else found
+
+
+def _of_finite(queue: Mapping[str, torch.Tensor]) -> dict[str, float]:
     first, second, targets = queue["first"], queue["second"], queue.get("targets")
     found = {"between_share": between_share(first, second), "num_cases": float(len(first))}
     rank = effective_rank(first)
@@ -208,8 +226,11 @@ class Retrieval:
 
     @classmethod
     def of(cls, queue: Mapping[str, torch.Tensor]) -> Retrieval:
-        """That of the merged queue of a validation."""
-        ranks = reciprocal_ranks(queue["first"], queue["second"])
+        """That of the finite rows of the merged queue of a validation; 0 where there are none."""
+        rows = finite_rows(queue)
+        ranks = reciprocal_ranks(rows["first"], rows["second"])
+        if not len(ranks):
+            return cls(0.0, 0.0, 0.0, 0)
         return cls(float(ranks.mean()), *bootstrap_interval(ranks), len(ranks))
 
     def metrics(self) -> dict[str, float]:
@@ -230,7 +251,7 @@ class Monitor:
         self.queue = CaseQueue(config.queue)
         self.warmup = min(config.warmup_steps, total // SHORTEST_PART)
         self.patience = min(config.flat_steps, max(total // SHORTEST_PART, 1))
-        self.judged_at = total // SHORTEST_PART
+        self.judged_at = max(total // SHORTEST_PART, config.min_steps_to_stop)
         self.untrained: dict[str, float] = {}
         self.settled: dict[str, float] = {}
         self.retrieval: Retrieval | None = None
@@ -260,9 +281,10 @@ class Monitor:
     def look(self, step: int) -> Alarm | None:
         """The gravest alarm after so many steps, if any. An intervention is given time before the next alarm."""
         now = self.measure()
-        if now["num_cases"] < self.config.min_cases:
+        if now["num_cases"] + now.get("not_finite", 0.0) < self.config.min_cases:
             return None
-        self.settled = self.settled or now
+        if "not_finite" not in now:
+            self.settled = self.settled or now
         flat = now.get("target_entropy", 0.0) > self.config.flat_entropy
         self.flat_since = (step if self.flat_since is None else self.flat_since) if flat else None
         flat_steps = 0 if self.flat_since is None else step - self.flat_since
@@ -282,6 +304,9 @@ class Monitor:
     def lost(self, now: Retrieval, step: int, last_step: int) -> str:
         """Why the run is not worth going on with, once a tenth is over; empty where it is, or where nobody can tell.
 
+        That views find each other no better than untrained is no proof, since a network may have given up what tells
+        crops apart for what they share: they must find each other no better than by chance.
+
         Args:
             now: Of the validation after `step` steps.
             step: Steps taken.
@@ -291,6 +316,8 @@ class Monitor:
         if before is None or not last_step < self.judged_at <= step or before.high >= NEAR_PERFECT:
             return ""
         if now.mean > before.high or now.num_cases < self.config.min_cases_to_stop:
+            return ""
+        if now.low > chance_of_reciprocal_rank(now.num_cases):  # better than none, as the untrained one was
             return ""
         return (
             f"After {step} steps the views of a held-out case find each other no better than untrained: mean "
