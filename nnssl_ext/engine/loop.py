@@ -114,6 +114,14 @@ def pretrain(spec: RunSpec) -> Outcome:
             ) from error
 
 
+def _judged(loss: float, best: float, validation: Validation) -> tuple[float, bool]:
+    """The lowest loss so far, and whether this is it.
+
+    Losses against a teacher's targets say nothing of each other, since the targets move: none of them is the best.
+    """
+    return min(loss, best), loss < best and "targets" not in validation.queue
+
+
 class _Run:
     """One call of `pretrain` after the refusals."""
 
@@ -240,8 +248,7 @@ class _Run:
         health = self.guard.after_epoch(validation)
         metrics = {"epoch": epoch, "step": progress.step, "lr": rate, **train, **validation.metrics, **health}
         progress.epoch, progress.meter = epoch + 1, Meter()
-        improved = metrics["val_loss"] < progress.best_loss
-        progress.best_loss = min(metrics["val_loss"], progress.best_loss)
+        progress.best_loss, improved = _judged(metrics["val_loss"], progress.best_loss, validation)
         last = progress.epoch == self.trainer.num_epochs
         verdict = "" if last else self.guard.verdict(validation, progress.step)
         if tracker is not None:

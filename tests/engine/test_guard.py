@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import multiprocessing, nn
 
 from nnssl_ext.engine import guard as guard_module
 from nnssl_ext.engine import loop as loop_module
@@ -24,6 +26,7 @@ from nnssl_ext.engine.recovery import Ring
 from nnssl_ext.engine.run import RunSpec
 from nnssl_ext.engine.steps import DivergedError, Stepper
 from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput, TaskInfo
+from nnssl_ext.engine.tracking import Tracker
 from nnssl_ext.models.backbone import build_encoder, export_network
 from nnssl_ext.planners.rules import StepCost
 
@@ -393,6 +396,69 @@ def noted(events: list[str], name: str, function):
         return function(*arguments)
 
     return call
+
+
+def test_losses_against_a_teachers_targets_make_no_checkpoint_the_best(spec, monkeypatch):
+    """They move with the teacher: the lowest is that of the run's first epochs, or of its collapse."""
+    alarm_at(monkeypatch)
+    pretrain(spec)
+    assert (spec.folder / "checkpoint_best.pth").exists()
+    original = Pair.forward
+
+    def forward(task, views):
+        output = original(task, views)
+        targets = torch.full((len(views["image"]), 4), 0.25)
+        return replace(output, embeddings=replace(output.embeddings, targets=targets))
+
+    monkeypatch.setattr(Pair, "forward", forward)
+    taught = replace(spec, folder=spec.folder.with_name("taught"))
+    pretrain(taught)
+    assert not (taught.folder / "checkpoint_best.pth").exists()
+
+
+def _train(rank: int, spec: RunSpec, poisoned: bool, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    Ring.interval = staticmethod(lambda *_: 2)
+    Tracker.draw_progress = lambda self: None
+    states = []
+    original = Guard.go_back
+
+    def go_back(guard: Guard, *arguments) -> None:
+        original(guard, *arguments)
+        stepper = guard.stepper
+        momenta = [value["momentum_buffer"] for value in stepper.optimizer.state.values()]
+        tensors = {**stepper.task.state_dict(), **{str(number): value for number, value in enumerate(momenta)}}
+        record = guard.monitor.history[-1]
+        numbers = (record["step"], record["resumed_at"], record["statistic"], stepper.lr_factor)
+        states.append((numbers, {name: value.clone() for name, value in tensors.items()}))
+
+    Guard.go_back = go_back
+    if poisoned:  # on one rank alone, and until the learning rate was halved
+        Pair.after_step = lambda task, step, total: task.taken.fill_(0 if states else step + 1)
+    config = PairConfig(poisoned=(5, 6, 7) if poisoned and rank else ())
+    pretrain(replace(spec, trainer=replace(spec.trainer, task_config=config)))
+    torch.save(states, Path(folder) / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("poisoned", [False, True], ids=["an alarm of both", "one rank is not finite"])
+def test_two_processes_go_back_at_the_same_step_to_the_same_state(spec, tmp_path, poisoned):
+    """Fails if one rank alone goes back, slows down or turns a knob: they would wait for each other, or train apart."""
+    sick = ["health.every=5", "health.min_cases=3", "health.between=1e9", "health.rank_fail=1e9"]
+    trainer = PairTrainer.configured(["health.act=true"] if poisoned else sick)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    configuration = replace(spec.configuration, batch_size=1)
+    both = replace(spec, trainer=trainer, configuration=configuration)
+    multiprocessing.spawn(_train, (both, poisoned, port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    expected = [(7, 4, "loss", 0.5)] if poisoned else [(5, 4, "rank", factor) for factor in (0.5, 0.25, 0.125)]
+    assert [numbers for numbers, _ in first] == [numbers for numbers, _ in second] == expected
+    for (_, one), (_, other) in zip(first, second, strict=True):
+        assert set(one) == set(other)
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_the_ring_keeps_the_newest_and_forgets_a_future_that_was_given_up(tmp_path):
