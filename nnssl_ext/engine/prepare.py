@@ -117,7 +117,7 @@ def check_memory(spec: RunSpec, precision: str) -> None:
         configuration.architecture,
         configuration.patch_size,
         configuration.batch_size,
-        spec.trainer.cost,
+        spec.trainer.step_cost(configuration),
         num_channels=configuration.num_input_channels,
         bytes_per_value=FULL_PRECISION_BYTES if precision == "fp32" else MIXED_PRECISION_BYTES,
     )

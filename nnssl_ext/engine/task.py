@@ -270,6 +270,10 @@ class PretrainTrainer:
         """Optimiser steps of the whole run."""
         return self.num_epochs * self.steps_per_epoch
 
+    def step_cost(self, configuration: Configuration) -> StepCost:
+        """What a step holds in memory with these settings; `cost` is that of the default ones."""
+        return self.cost
+
     def build_task(self, configuration: Configuration, num_cases: int) -> PretextTask:
         """The task on the plan's backbone, initialised from torch's global generator.
 
