@@ -12,11 +12,11 @@ reading crops takes is left out. With --json the figures go to a file; from the 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
+from common import describe_machine, make_parser, make_plan, medians, seconds
 
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.core.records import read_json, write_json
@@ -34,55 +34,25 @@ STAGES = 4
 
 def parser() -> argparse.ArgumentParser:
     """The benchmark's arguments."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = make_parser(__doc__)
     result.add_argument("--trainers", nargs="+", help="methods to measure, beside the reference (default: all)")
-    result.add_argument("--edge", type=int, default=48, help="patch edge, a multiple of 8 (default: %(default)s)")
+    result.add_argument("--edge", type=int, default=32, help="patch edge, a multiple of 8 (default: %(default)s)")
     result.add_argument("--batch_size", type=int, default=2, help="samples a step (default: %(default)s)")
-    result.add_argument("--rounds", type=int, default=5, help="steps of each method; the median counts (default: 5)")
     result.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    result.add_argument("--json", type=Path, help="file for the figures")
     return result
 
 
-def make_plan(kind: str, edge: int, batch_size: int, channels: int) -> Plan:
-    """Plans of a network of the XS presets' size."""
-    patch = (edge,) * 3
+def make_architecture(kind: str, patch: tuple[int, int, int]) -> dict[str, Any]:
+    """nnU-Net's block for a network of the XS presets' size."""
     if kind == "vit":
-        architecture = primus_architecture(PRIMUS_SIZES["XS"], patch, (8, 8, 8))
-    else:
-        topology = Topology(
-            patch_size=patch,
-            strides=((1,) * 3, *((2,) * 3,) * (STAGES - 1)),
-            kernel_sizes=((3,) * 3,) * STAGES,
-            divisor=(8,) * 3,
-        )
-        architecture = resenc_architecture(topology, base_features=8, max_features=320, blocks=(1, 2, 2, 2))
-    resampling = {f"resampling_fn_{what}": "" for what in ("data", "seg", "probabilities")}
-    resampling |= {f"resampling_fn_{what}_kwargs": {} for what in ("data", "seg", "probabilities")}
-    configuration = {
-        "data_identifier": "random",
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": batch_size,
-        "patch_size": list(patch),
-        "median_image_size_in_voxels": list(patch),
-        "spacing": [1.0] * 3,
-        "normalization_schemes": ["ZScoreNormalization"] * channels,
-        "use_mask_for_norm": [False] * channels,
-        "architecture": architecture,
-        "batch_dice": False,
-        **resampling,
-    }
-    return Plan(
-        {
-            "dataset_name": "Dataset001_Random",
-            "plans_name": "nnsslPlans",
-            "image_reader_writer": "",
-            "transpose_forward": [0, 1, 2],
-            "transpose_backward": [0, 1, 2],
-            "configurations": {"3d_fullres": configuration},
-            "foreground_intensity_properties_per_channel": {},
-        }
+        return primus_architecture(PRIMUS_SIZES["XS"], patch, (8, 8, 8))
+    topology = Topology(
+        patch_size=patch,
+        strides=((1,) * 3, *((2,) * 3,) * (STAGES - 1)),
+        kernel_sizes=((3,) * 3,) * STAGES,
+        divisor=(8,) * 3,
     )
+    return resenc_architecture(topology, base_features=8, max_features=320, blocks=(1, 2, 2, 2))
 
 
 def make_batch(task: PretextTask, device: str) -> Batch:
@@ -108,31 +78,23 @@ class Run:
 
     def __init__(self, trainer: PretrainTrainer, plan: Plan, device: str) -> None:
         torch.manual_seed(0)
-        self.device = device
         self.task = trainer.build_task(plan.configuration("3d_fullres"), NUM_CASES).to(device).train()
         groups = parameter_groups(self.task.named_parameters(), trainer.optim, self.task.lr_scale)
         self.optimizer = build_optimizer(groups, trainer.optim)
         self.batch = make_batch(self.task, device)
-        self.seconds: list[float] = []
+        self.number = 0
 
-    def step(self, number: int) -> None:
-        """One training step, timed."""
-        start = self._now()
-        random = SampleRandom(seed=0, step=number, samples=self.batch.samples)
+    def step(self) -> None:
+        """One training step."""
+        random = SampleRandom(seed=0, step=self.number, samples=self.batch.samples)
         with torch.no_grad():
             views = self.task.views(self.batch, random, train=True)
         self.optimizer.zero_grad()
         self.task(views).loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            self.task.after_step(number, 1000)
-        self.seconds.append(self._now() - start)
-
-    def _now(self) -> float:
-        if self.device == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+            self.task.after_step(self.number, 1000)
+        self.number += 1
 
 
 def measure(kind: str, names: list[str], args: argparse.Namespace) -> dict[str, float]:
@@ -141,25 +103,25 @@ def measure(kind: str, names: list[str], args: argparse.Namespace) -> dict[str, 
     for name in names:
         cls = TRAINERS.get(name)
         if kind in cls.task.info.encoders:
-            plan = make_plan(kind, args.edge, args.batch_size, cls.task.info.needs.channels)
+            patch, channels = (args.edge,) * 3, cls.task.info.needs.channels
+            plan = make_plan(patch, args.batch_size, make_architecture(kind, patch), channels)
             runs[name] = Run(cls.configured([], kind), plan, args.device)
-    for number in range(args.rounds + 1):
-        for run in runs.values():
-            run.step(number)
-    return {name: statistics.median(run.seconds[1:]) for name, run in runs.items()}  # the first step warms up
+    steps = [partial(seconds, run.step, args.device) for run in runs.values()]
+    return dict(zip(runs, medians(steps, args.repeats), strict=True))
 
 
 def main() -> None:
     """Measures, prints a table and writes the figures."""
     args = parser().parse_args()
     torch.set_num_threads(1)
+    describe_machine()
     names = args.trainers or TRAINERS.names()
     names = [REFERENCE, *(name for name in names if name != REFERENCE)]
     steps = read_json(args.json)["steps"] if args.trainers and args.json and args.json.is_file() else {}
     for kind in ("cnn", "vit"):
-        seconds = measure(kind, names, args)
-        for name, value in seconds.items():
-            steps.setdefault(kind, {})[name] = round(value / seconds[REFERENCE], 2)
+        taken = measure(kind, names, args)
+        for name, value in taken.items():
+            steps.setdefault(kind, {})[name] = round(value / taken[REFERENCE], 2)
             print(f"{kind}  {name:24} {value:7.3f} s  {steps[kind][name]:5.2f}x")
         steps[kind] = dict(sorted(steps[kind].items()))
     unit = "CPU seconds of one thread" if args.device == "cpu" else "seconds on a GPU"

@@ -1,14 +1,15 @@
 """One training step of a method: how long it takes, and the share of reading, views, forward, backward and optimiser.
 
 Makes MR-like volumes, plans a network with a preset, and takes the engine's own steps in several number formats and
-memory layouts, in turn, so that other work on the machine meets all of them alike. On a CPU the seconds are CPU seconds
+memory layouts, with the plain and the fused optimiser, and compiled, in turn, so that other work on the machine meets
+all of them alike. Where compiling fails or takes too long, its row says so. On a CPU the seconds are CPU seconds
 of `--threads` threads; on a GPU they are those of the clock, with a wait for the GPU after every part.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import signal
 import statistics
 import tempfile
 import time
@@ -16,19 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
+from common import Table, describe_machine, finish, made_volume, make_parser, make_plan, now
 
 from nnssl_ext.engine.distributed import World
 from nnssl_ext.engine.steps import Stepper
 from nnssl_ext.engine.task import TRAINERS, PretrainTrainer
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.loader import PatchLoader
-from nnssl_ext.planners.plan import Configuration, Plan
+from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.planner import PLANNERS, PlanningOptions
-from nnssl_ext.planners.spacing import resampling_keys
 from nnssl_ext.preprocessing.store import Store, write_case
 
 PARTS = ("data", "views", "forward", "backward", "optimiser")
@@ -42,19 +44,29 @@ class Variant:
     precision: str
     channels_last: bool
     compiled: bool = False
+    fused: bool = True
 
     @property
     def name(self) -> str:
         """As the table shows it."""
-        return self.precision + ", channels last" * self.channels_last + ", compiled" * self.compiled
+        optimiser = "" if self.fused else ", plain optimiser"
+        return self.precision + ", channels last" * self.channels_last + ", compiled" * self.compiled + optimiser
 
 
-VARIANTS = (Variant("fp32", False), Variant("fp32", True), Variant("bf16", False), Variant("bf16", True))
+VARIANTS = (
+    Variant("fp32", False, fused=False),
+    Variant("fp32", False),
+    Variant("fp32", True),
+    Variant("bf16", False),
+    Variant("bf16", True),
+    Variant("fp32", True, compiled=True),
+    Variant("bf16", True, compiled=True),
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """The benchmark's arguments."""
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = make_parser(__doc__)
     result.add_argument("--planner", default="nnsslPlannerResEncXS", help="plans the network (default: %(default)s)")
     result.add_argument("--trainer", default="MAETrainer", help="the method (default: %(default)s)")
     result.add_argument("--edge", type=int, default=64, help="patch edge (default: 64)")
@@ -62,46 +74,25 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--device", default="cpu", help="where the step runs (default: cpu)")
     result.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     result.add_argument("--num_workers", type=int, default=0, help="processes that read crops (default: 0, this one)")
-    result.add_argument("--compile", action="store_true", help="also time torch.compile, which first takes minutes")
-    result.add_argument("--repeats", type=int, default=5, help="steps of each, of which the median counts (default: 5)")
-    result.add_argument("--json", type=Path, help="also write the figures to this file")
+    result.add_argument("--no_compile", action="store_true", help="leave out torch.compile, which first takes minutes")
+    result.add_argument(
+        "--compile_seconds", type=int, default=240, help="give torch.compile up after so long (default: 240)"
+    )
     return result
 
 
 def plan_network(planner: str, edge: int, batch_size: int) -> Configuration:
     """A configuration of one channel and isotropic voxels with the network of a preset."""
     preset, patch = PLANNERS.get(planner)(PlanningOptions()), (edge,) * 3
-    configuration = {
-        "data_identifier": "bench",
-        "batch_size": batch_size,
-        "patch_size": list(patch),
-        "spacing": [1.0, 1.0, 1.0],
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
-        **resampling_keys(kept=True),
-        "architecture": preset.architecture(preset.topology((1.0, 1.0, 1.0), patch)),
-    }
-    plan = {
-        "dataset_name": "Dataset001_Bench",
-        "plans_name": "bench",
-        "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "foreground_intensity_properties_per_channel": {"0": {}},
-        "configurations": {"3d_fullres": configuration},
-    }
-    return Plan(plan).configuration("3d_fullres")
+    architecture = preset.architecture(preset.topology((1.0, 1.0, 1.0), patch))
+    return make_plan(patch, batch_size, architecture).configuration("3d_fullres")
 
 
 def write_volumes(folder: Path, edge: int) -> Store:
     """A store of z-scored volumes of smooth tissue with noise, half as large again as the patch along each axis."""
-    from scipy.ndimage import gaussian_filter
-
     entries, shape = {}, (round(1.5 * edge),) * 3
     for number in range(NUM_VOLUMES):
-        rng = np.random.default_rng(number)
-        tissue = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 3)
-        image = tissue / tissue.std() + 0.1 * rng.standard_normal(shape, dtype=np.float32)
+        image, _ = made_volume(np.random.default_rng(number), shape)
         name = f"case_{number}"
         entries[name] = write_case(folder, name, image[None], {}, np.ones(shape, bool), spacing=(1, 1, 1))
     return Store(folder, entries)
@@ -121,10 +112,7 @@ class Clock:
 
     def now(self) -> float:
         """The time, once the device is done."""
-        if self.device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(str(self.device))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -163,6 +151,8 @@ class TimedStepper(Stepper):
             compile_task=variant.compiled,
             channels_last=variant.channels_last,
         )
+        for group in self.optimizer.param_groups:
+            group["fused"] = variant.fused
         self.clock = Clock(device)
         self.task.views = self.clock.timed("views", self.task.views)
         self.module = self.clock.timed("forward", self.module)
@@ -180,44 +170,82 @@ class TimedStepper(Stepper):
         return self.clock.parts()
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[Variant, dict[str, float]]:
-    """The median seconds of each part of each variant's step, after one that is not counted."""
+@contextmanager
+def at_most(limit: int) -> Iterator[None]:
+    """Raises TimeoutError in the block after so many seconds."""
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"took more than {limit} s")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(limit)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def first_step(stepper: TimedStepper, batches: Iterator[Batch], limit: int) -> str | float:
+    """Seconds of the clock of a step that compiles what is to be compiled, or why it could not be taken."""
+    start = time.perf_counter()
+    try:
+        with at_most(limit):
+            stepper.timed_step(batches, 0)
+    except (RuntimeError, TimeoutError) as error:  # torch.compile's own errors are RuntimeErrors
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return time.perf_counter() - start
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """For each variant its fields, its first step's seconds or failure, and the others' median seconds by part."""
     device, plan = torch.device(arguments.device), plan_network(arguments.planner, arguments.edge, arguments.batch_size)
     trainer = TRAINERS.get(arguments.trainer).configured([], plan.backbone)
     store = write_volumes(folder, arguments.edge)
-    compiled = [Variant("bf16", True, compiled=True)] if arguments.compile else []
-    steppers = {variant: TimedStepper(variant, trainer, plan, device) for variant in (*VARIANTS, *compiled)}
-    steps: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in steppers}
+    variants = [variant for variant in VARIANTS if not (variant.compiled and arguments.no_compile)]
+    steppers = {variant: TimedStepper(variant, trainer, plan, device) for variant in variants}
     loader = PatchLoader(
-        store, list(store.entries), plan.patch_size, plan.batch_size, seed=0, num_workers=arguments.num_workers
+        store,
+        list(store.entries),
+        plan.patch_size,
+        plan.batch_size,
+        seed=0,
+        num_workers=arguments.num_workers,
+        device=device,
     )
     with loader:
         batches = loader.batches(0, (arguments.repeats + 1) * len(steppers))
-        for step in range(arguments.repeats + 1):
-            for variant, stepper in steppers.items():
-                steps[variant].append(stepper.timed_step(batches, step))
-    return {
-        variant: {part: statistics.median(step[part] for step in taken[1:]) for part in PARTS}
-        for variant, taken in steps.items()
-    }
+        begun = {v: first_step(stepper, batches, arguments.compile_seconds) for v, stepper in steppers.items()}
+        steps: dict[Variant, list[dict[str, float]]] = {v: [] for v, first in begun.items() if isinstance(first, float)}
+        for step in range(1, arguments.repeats + 1):
+            for variant, taken in steps.items():
+                taken.append(steppers[variant].timed_step(batches, step))
+    rows = []
+    for variant, first in begun.items():
+        taken = steps.get(variant)
+        parts = taken and {part: statistics.median(step[part] for step in taken) for part in PARTS}
+        rows.append({"name": variant.name, **asdict(variant), "first": first, "seconds": parts})
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark and prints a table."""
     arguments = parser().parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    machine = describe_machine()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(arguments, Path(folder))
-    plain = sum(figures[VARIANTS[0]].values())
+        rows = measure(arguments, Path(folder))
     print(f"{arguments.trainer}, {arguments.planner}, {arguments.edge}³, batch {arguments.batch_size}")
-    print(f"{'':<29}{'step s':>8}{'ratio':>7}" + "".join(f"{part:>11}" for part in PARTS))
-    for variant, parts in figures.items():
-        total = sum(parts.values())
-        shares = "".join(f"{seconds / total:>11.1%}" for seconds in parts.values())
-        print(f"{variant.name:<29}{total:>8.3f}{plain / total:>6.1f}x{shares}", flush=True)
-    if arguments.json:
-        rows = [{**asdict(variant), "seconds": parts} for variant, parts in figures.items()]
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    shares = dict.fromkeys(PARTS, ">10.1%")
+    table = Table({"": "<29", "step s": ">8.3f", "speed-up": ">9.2f", "first s": ">8.1f", **shares})
+    plain = sum(rows[0]["seconds"].values())
+    for row in rows:
+        if row["seconds"] is None:
+            print(f"{row['name']:<29} {row['first']}", flush=True)
+            continue
+        total = sum(row["seconds"].values())
+        table.row(row["name"], total, plain / total, row["first"], *(row["seconds"][part] / total for part in PARTS))
+    finish(arguments, machine, rows)
 
 
 if __name__ == "__main__":
