@@ -126,7 +126,7 @@ def _commands(args: argparse.Namespace, source: Path, folder: Path) -> list[tupl
         ),
         (
             "plan fine-tuning from the checkpoint",
-            [*finetune, *_words(f"-n mae -transfer encoder_decoder --set {recipe}")],
+            [*finetune, *_words(f"-n mae -transfer encoder --set {recipe}")],
         ),
         ("plan the baseline from scratch", [*finetune, *_words(f"-n scratch --from_scratch --set {recipe}")]),
         (
@@ -171,7 +171,7 @@ def _finish(folder: Path, seconds: float, pretraining_steps: int) -> None:
         print(f"\n{verdict.headline}\n{verdict.certainty}")
     if pretraining_steps < LEADING_STEPS:
         print(
-            f"\n{pretraining_steps} steps of pretraining show every stage, not what pretraining is worth: after so few "
-            "the pretrained arm may end behind (docs/finetuning.md, Short pretraining)."
+            f"\n{pretraining_steps} steps of pretraining show every stage, not what pretraining is worth: expect no "
+            "gain from so few (docs/finetuning.md, Short pretraining)."
         )
     print(f"\nDone in {seconds / 60:.1f} minutes. The report: {results / REPORT_FILE}")
