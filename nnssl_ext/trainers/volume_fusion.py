@@ -163,7 +163,7 @@ def class_accuracy(
     """How much of a class is told rightly, a mean over the classes that are held, and its chance.
 
     Of all voxels together, most are right for whoever always tells the commonest class, which a Dice loss trains no one
-    to do. By classes, telling them without regard to the image is right for one in as many as are held, or fewer.
+    to do. By classes, telling them without regard to image and place is right for one in as many as are held, or fewer.
 
     Args:
         told: (B, 1, *patch), int64.

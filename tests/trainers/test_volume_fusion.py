@@ -146,7 +146,7 @@ def test_chance_is_to_know_how_often_each_class_occurs(tiny_plan, patch_size):
     )
 
 
-def test_who_does_not_look_at_the_image_is_at_chance_whatever_he_tells():
+def test_always_telling_the_same_class_is_at_chance_whichever_it_is():
     """Catches an accuracy of all voxels together, which is .7 for always telling the commonest class."""
     classes = torch.tensor([0] * 7 + [2, 2, 3]).view(1, 1, 10)
     valid, counts = torch.ones_like(classes, dtype=torch.bool), torch.tensor([7, 0, 2, 1])
