@@ -15,10 +15,10 @@ NUM_CLASSES = {2: 4, 3: 10}
 
 
 def make_batch(patch_size: tuple[int, ...]) -> Batch:
-    """Three crops; the last is a volume of one slice along the first axis, beside it rubbish that nothing may see."""
+    """Three crops; the last is a volume of three slices along the first axis, rubbish beside it."""
     data = torch.randn(3, 1, *patch_size, generator=torch.Generator().manual_seed(0))
     valid = torch.ones(3, 1, *patch_size, dtype=torch.bool)
-    valid[2, :, 1:] = False
+    valid[2, :, 3:] = False
     spacing = torch.ones(3, len(patch_size))
     lower = torch.zeros_like(spacing, dtype=torch.int64)
     return Batch(torch.where(valid, data, 1e4), valid, ("a", "b", "c"), RANDOM.samples, lower, spacing)

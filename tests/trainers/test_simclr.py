@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_a_loop_over_candidates(tiny_plan, cases):
     task.queue.rows[:2] = rows
     task.queue.keys[:2] = case_keys(("b", "d"), rows.device)
     with torch.no_grad():
-        for weight in task.teacher.projector.parameters():
+        for weight in task.teacher.parameters():
             weight.mul_(1.5).add_(0.1)
         output = task(views)
         anchors = embedded(task.encoder, task.projector, views)
@@ -76,7 +76,7 @@ def test_the_queue_is_filled_by_the_slow_copy_in_training_alone(tiny_plan):
     """Catches a queue of the student's own rows, one that validation fills, and one that holds a case twice."""
     task, batch = make_task(tiny_plan(PATCH), num_cases=5), make_batch()
     with torch.no_grad():
-        for weight in task.teacher.projector.parameters():
+        for weight in task.teacher.parameters():
             weight.mul_(1.5)
         views = task.views(batch, RANDOM, train=False)
         task.eval()(views)
