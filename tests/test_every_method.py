@@ -29,7 +29,7 @@ from nnssl_ext.loading.batch import Batch
 from nnssl_ext.planners.plan import Plan
 
 PATCHES = {2: (24, 16), 3: (16, 24, 8)}
-SMALL = {"block_size": 4, "decoder_depth": 2, "margin": 2.0}
+SMALL = {"block_size": 4, "decoder_depth": 2, "margin": 2.0, "positions": 64}
 """Settings that fit a method to so small a patch, or to cases so unlike, for those that have them."""
 NUM_CASES = 4
 GRADIENT_STEPS = 20

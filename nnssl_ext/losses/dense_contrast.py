@@ -1,0 +1,48 @@
+"""InfoNCE between positions of two views that show the same place (van den Oord et al. 2018, arXiv:1807.03748)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional
+
+
+def dense_contrast(
+    first: torch.Tensor, second: torch.Tensor, near: torch.Tensor, counted: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Each position of either view has to find the same place in the other one, among all of the same sample.
+
+    Args:
+        first: (B, P, D), features of one view at P places.
+        second: (B, P, D), of the other view at the same places.
+        near: (B, P, P), bool, symmetric: places too near to one another to be told apart, no negatives of each other.
+        counted: (B, P), bool: places that are there.
+        temperature: Divides the cosines, above 0.
+
+    Returns:
+        The loss, the mean of both directions over the places of a sample and then over the samples that have any; and
+        `contrast_chance`, the mean logarithm of the number of candidates, `accuracy`, how often the place is found, and
+        `accuracy_chance`, averaged alike. All are 0 where nothing is counted.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        first, second = (functional.normalize(rows.float(), dim=2) for rows in (first, second))
+        logits = first @ second.transpose(1, 2) / temperature
+    itself = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
+    left_out = (near | ~counted[:, None]) & ~itself
+    truth = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+    weight = counted / counted.sum(1, keepdim=True).clamp(min=1) / counted.any(1).sum().clamp(min=1)
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return (values * weight).sum()
+
+    directions = [each.masked_fill(left_out, -math.inf) for each in (logits, logits.transpose(1, 2))]
+    losses = [mean(functional.cross_entropy(each.transpose(1, 2), truth, reduction="none")) for each in directions]
+    hits = [mean((each.argmax(2) == truth).float()) for each in directions]
+    candidates = (~left_out).sum(2).float()
+    metrics = {
+        "contrast_chance": mean(candidates.log()),
+        "accuracy": torch.stack(hits).mean(),
+        "accuracy_chance": mean(1 / candidates),
+    }
+    return torch.stack(losses).mean(), metrics

@@ -1,0 +1,215 @@
+"""Dense contrast: the same place in two views should have the same features, and other places others.
+
+Two overlapping crops are cut from one place, each moved and recoloured on its own. The whole network, decoder included,
+gives every voxel a vector. Where a voxel of one view lies in the other is known from how they were cut, in scanner
+coordinates, so nothing has to be matched: at some hundred places each view has to find the other's vector among those
+of all other places, in both directions.
+
+Papers: O. Pinheiro et al. 2020 (arXiv:2011.05499) and Wang et al. 2021 (arXiv:2011.09157) for dense contrast. Other
+than there, places closer than two strides of the features are no negatives of each other, and flat regions (air) are
+left out. Encoder and decoder of a U-Net go to fine-tuning, of a transformer the encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.engine.monitors import token_spread
+from nnssl_ext.engine.optim import OptimConfig
+from nnssl_ext.engine.schedules import ScheduleConfig
+from nnssl_ext.engine.task import (
+    TRAINERS,
+    VIT_RECIPE,
+    Embeddings,
+    PretextTask,
+    PretrainTrainer,
+    StepOutput,
+    TaskInfo,
+    Views,
+)
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.losses.dense_contrast import dense_contrast
+from nnssl_ext.models.backbone import export_network, is_transformer
+from nnssl_ext.models.dense import build_dense, run_dense
+from nnssl_ext.planners.plan import Configuration
+from nnssl_ext.planners.rules import StepCost
+from nnssl_ext.views.crops import UNMOVED, place_pair
+from nnssl_ext.views.intensity import IntensityConfig, intensity_view
+from nnssl_ext.views.overlap import place_in
+from nnssl_ext.views.places import shared_places
+from nnssl_ext.views.sham import of_another_case
+from nnssl_ext.views.spatial import SpatialConfig
+from nnssl_ext.views.tokens import whole_places
+from nnssl_ext.views.transform import SpatialView, apply_transform
+
+NEAR_STRIDES = 2
+"""Places closer than so many strides of the features are no negatives of each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseContrastiveConfig:
+    """Settings of dense contrast."""
+
+    positions: int = 1024
+    """Places that are compared in each sample, 2 or more; fewer where the views share fewer."""
+    temperature: float = 0.2
+    """Divides the cosines, above 0. Wang et al. 2021."""
+    width: int = 32
+    """Of a voxel's vector, 1 or more."""
+    parent_scale: float = 1.4
+    """Edge of the crop that both views are cut from, as a multiple of the patch's, 1 or more."""
+    crop_scale: tuple[float, float] = (0.6, 1.0)
+    """Smallest and largest edge of a view as a share of the largest that fits into that crop, in (0, 1]."""
+    shift: float = 0.25
+    """Longest way along each axis that the second view is moved away from where the two lie within one another, as a
+    share of its edge, in [0, 1)."""
+    background_std: float = 0.05
+    """Places around which intensities deviate by less are background and left out, 0 or more."""
+    spatial: SpatialConfig = field(default_factory=lambda: SpatialConfig(flip=0, rotation=0.5, scaling=0))
+    """How each view is moved in training, without elastic deformation."""
+    intensity: IntensityConfig = field(default_factory=IntensityConfig)
+    """How the intensities of each view change in training."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("positions", 2), ("width", 1), ("parent_scale", 1), ("background_std", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0.")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale={self.crop_scale} must be two numbers in (0, 1], the smaller one first.")
+        if not 0 <= self.shift < 1:
+            raise ValueError(f"shift={self.shift} must lie in [0, 1): the two views must overlap.")
+        if self.spatial.elastic:
+            raise ValueError(f"spatial.elastic={self.spatial.elastic} must be 0: its inverse is not known.")
+
+
+class DenseContrastive(PretextTask):
+    """Finds the same place in another view; see the module."""
+
+    Config = DenseContrastiveConfig
+    info = TaskInfo(
+        idea="give the same place in two views the same features, and other places others",
+        paper="arXiv:2011.05499",
+        choose="where a feature per voxel is the aim and the decoder should learn too, as for segmentation, "
+        "registration and landmarks.",
+        encoders={"cnn", "vit"},
+        trains_decoder=True,
+    )
+    config: DenseContrastiveConfig
+
+    def __init__(self, config: DenseContrastiveConfig, configuration: Configuration, num_cases: int) -> None:
+        """Builds the plan's network with a vector per voxel.
+
+        Raises:
+            ValueError: Where the network cannot be built.
+        """
+        super().__init__(config, configuration, num_cases)
+        self.parent_scale = config.parent_scale
+        self.encoder, self.decoder = build_dense(configuration, config.width)
+        if is_transformer(self.encoder):
+            self.decoder.get_parameter("mask_token").requires_grad_(False)  # views hold no padding
+        self.stride = self.encoder.strides[0]
+        self.positions = min(config.positions, prod(configuration.patch_size) // 2)
+
+    def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
+        """Two overlapping views and places that both show; in validation they are crops of random size and place.
+
+        Returns:
+            `first` and `second` (B, C, *patch); `first_valid` and `second_valid` (B, 1, *patch); `places` (B, P),
+            voxels of the first view, the last axis fastest; `there` (B, P, D), where the second view shows them, from
+            -1 to 1 across it; `where` (B, P, D), in mm; `reach` (B,), the distance in mm below which places are near;
+            `counted` (B, P), bool; `partner` (B,), which second view belongs to each first one; for a transformer also
+            `kept`, the tokens without padding of the first views and then of the second ones.
+        """
+        config, size = self.config, self.configuration.patch_size
+        moves = config.spatial if train else UNMOVED
+        pair = place_pair(
+            batch.valid, batch.spacing, random.child("crops"), config.crop_scale, size, moves, config.shift
+        )
+        data = batch.data.masked_fill(~batch.valid, 0)
+        first, second = (apply_transform(data, batch.valid, place) for place in pair)
+        there = place_in(second.transform, first.transform)
+        asked = first.valid & textured(first, config.background_std)
+        chosen, counted = shared_places(asked, there, size, random.child("places"), self.positions)
+        index = chosen[:, None].expand(-1, len(size), -1)
+        edges = torch.tensor(size, device=there.device)
+        where = first.transform.coordinates().flatten(2).gather(2, index).transpose(1, 2) * batch.spacing[:, None]
+        steps = torch.stack([place.matrix.abs() for place in pair]) * batch.spacing[:, :, None]
+        if train:
+            first, second = (
+                replace(view, data=intensity_view(view.data, view.valid, random.child(name), config.intensity))
+                for name, view in (("first", first), ("second", second))
+            )
+        views = {
+            "first": first.data,
+            "second": second.data,
+            "first_valid": first.valid,
+            "second_valid": second.valid,
+            "places": chosen,
+            "there": there.flatten(2).gather(2, index).transpose(1, 2) * 2 / edges,
+            "where": where,
+            "reach": NEAR_STRIDES * (steps * torch.tensor(self.stride, device=there.device)).amax((0, 2, 3)),
+            "counted": counted,
+            "partner": torch.arange(len(chosen), device=chosen.device),
+        }
+        if is_transformer(self.encoder):
+            views["kept"] = whole_places(torch.cat([first.valid, second.valid]), self.encoder.token_size)
+        return views
+
+    def forward(self, views: Views) -> StepOutput:
+        """The contrast beside its chance, and how often a place is found."""
+        images, valid = (torch.cat([views[f"first{name}"], views[f"second{name}"]]) for name in ("", "_valid"))
+        output, _ = run_dense(self.encoder, self.decoder, images, valid, views.get("kept"))
+        maps, others = output.float().chunk(2)
+        index = views["places"][:, None].expand(-1, maps.shape[1], -1)
+        first = maps.flatten(2).gather(2, index).transpose(1, 2)
+        grid = views["there"].flip(2).view(*views["there"].shape[:2], *[1] * (maps.ndim - 3), maps.ndim - 2)
+        second = functional.grid_sample(others[views["partner"]], grid, padding_mode="border", align_corners=False)
+        second = second.flatten(2).transpose(1, 2)
+        near = torch.cdist(views["where"], views["where"]) < views["reach"][:, None, None]
+        loss, metrics = dense_contrast(first, second, near, views["counted"], self.config.temperature)
+        pictures = {"first": views["first"], "second": views["second"], "features": maps.detach()}
+        return StepOutput(
+            loss=loss,
+            metrics={"contrast": loss.detach(), **{name: value.detach() for name, value in metrics.items()}},
+            images=None if self.training else pictures,
+            embeddings=Embeddings(
+                first=first[:, 0].detach(),
+                second=second[:, 0].detach(),
+                token_spread=token_spread(first.detach(), views["counted"]),
+            ),
+        )
+
+    def sham(self, views: Views, random: SampleRandom) -> Views:
+        """The second view is another case's; see `PretextTask.sham`."""
+        return {**views, "partner": of_another_case(views["partner"])}
+
+    def export_network(self) -> nn.Module:
+        """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
+        return export_network(self.configuration, self.encoder, self.decoder)
+
+
+def textured(view: SpatialView, least: float) -> torch.Tensor:
+    """Voxels around which a view's intensities deviate by that much, in any channel: (B, 1, *size), bool."""
+    pool = functional.avg_pool3d if view.data.ndim == 5 else functional.avg_pool2d
+    mean, square = (pool(each, 5, 1, 2, count_include_pad=False) for each in (view.data, view.data.square()))
+    return (square - mean.square() > least**2).any(1, keepdim=True)
+
+
+@TRAINERS.register
+class DenseContrastiveTrainer(PretrainTrainer):
+    """Dense contrast with AdamW at 1e-3, warm-up and a cosine; on a transformer as masked autoencoders."""
+
+    task = DenseContrastive
+    cost = StepCost(views=2, copies=1, decoder=True)
+    optim = OptimConfig(name="adamw", lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.999), clip=1.0, decay_vectors=False)
+    schedule = ScheduleConfig(name="cosine", warmup_steps=500)
+    vit = VIT_RECIPE

@@ -1,0 +1,34 @@
+"""Places that two views of one crop both show, drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from nnssl_ext.core.random import SampleRandom
+
+
+def shared_places(
+    asked: Tensor, there: Tensor, size: Sequence[int], random: SampleRandom, number: int
+) -> tuple[Tensor, Tensor]:
+    """Draws voxels of a view that another view shows too, not at its very border.
+
+    Args:
+        asked: (B, 1, *view), bool: voxels that may be drawn.
+        there: (B, D, *view), where the other view shows each, in its voxels, counted from its middle.
+        size: Voxels of the other view per axis.
+        random: Keyed by sample.
+        number: Voxels to draw.
+
+    Returns:
+        (B, number), int64, voxels of the view, the last axis fastest, no two alike; and which of them count, (B,
+        number), bool: False at the end where a sample has fewer.
+    """
+    half = torch.tensor([(edge - 1) / 2 for edge in size], device=there.device).view(1, -1, *[1] * len(size))
+    may = (asked & (there.abs() <= half).all(1, keepdim=True)).flatten(1)
+    draw = torch.from_numpy(random.uniform("draw", shape=(prod(asked.shape[2:]),))).to(there.device)
+    found, chosen = torch.where(may, draw, -1).topk(number, dim=1)
+    return chosen, found >= 0

@@ -1,0 +1,123 @@
+"""Dense contrast: places that correspond in scanner coordinates, none of them padding or air, and near ones spared."""
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from torch.nn import functional
+
+from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.loading.batch import Batch
+from nnssl_ext.trainers.dense_contrastive import DenseContrastive, DenseContrastiveConfig, DenseContrastiveTrainer
+from nnssl_ext.views.intensity import IntensityConfig
+from nnssl_ext.views.spatial import SpatialConfig
+
+RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
+CROPS = {(16, 24, 8): (24, 34, 12), (24, 16): (34, 24)}
+NOTHING = IntensityConfig(noise=0, blur=0, brightness=0, contrast=0, low_resolution=0, gamma=0, inverted_gamma=0)
+
+
+@pytest.fixture(params=CROPS, ids=["3d", "2d"])
+def patch_size(request) -> tuple[int, ...]:
+    return request.param
+
+
+def make_batch(patch_size: tuple[int, ...], spacing: float = 1.0) -> Batch:
+    """Every channel is a coordinate in mm; the last crop is padded with rubbish."""
+    crop = CROPS[patch_size]
+    millimetres = torch.ones(3, len(crop))
+    millimetres[:, 0] = spacing
+    data = torch.stack(torch.meshgrid(*(torch.arange(float(edge)) for edge in crop), indexing="ij")).clone()
+    data[0] *= spacing
+    valid = torch.ones(3, 1, *crop, dtype=torch.bool)
+    valid[2, :, -6:] = False
+    data = torch.where(valid, data.expand(3, *data.shape), 1e4)
+    return Batch(
+        data, valid, ("a", "b", "c"), RANDOM.samples, torch.zeros(3, len(crop), dtype=torch.int64), millimetres
+    )
+
+
+def make_task(plan, **settings) -> DenseContrastive:
+    torch.manual_seed(0)
+    (name,) = plan.configuration_names
+    return DenseContrastive(DenseContrastiveConfig(**settings), plan.configuration(name), num_cases=4)
+
+
+@pytest.mark.parametrize("spacing", [1.0, 2.5])
+def test_places_correspond_in_scanner_coordinates(tiny_plan, patch_size, spacing):
+    """Voxels hold their coordinates, so both views have to show the same numbers at a place, and these are `where`.
+
+    Catches places that are not carried through both crops (shifted, of another size, turned, flipped, of anisotropic
+    voxels), axes that are swapped, and padding among the places.
+    """
+    moves = SpatialConfig(flip=0.5, rotation=1.0, scaling=0)
+    task = make_task(tiny_plan(patch_size, len(patch_size)), spatial=moves, intensity=NOTHING)
+    for step in range(4):
+        views = task.views(make_batch(patch_size, spacing), replace(RANDOM, step=step), train=True)
+        index = views["places"][:, None].expand(-1, len(patch_size), -1)
+        first = views["first"].flatten(2).gather(2, index).transpose(1, 2)
+        grid = views["there"].flip(2).view(3, -1, *[1] * (len(patch_size) - 1), len(patch_size))
+        second = functional.grid_sample(views["second"], grid, padding_mode="border", align_corners=False)
+        second = second.flatten(2).transpose(1, 2)
+        counted = views["counted"]
+        assert counted.any(1).all()
+        torch.testing.assert_close(first[counted], second[counted], atol=2e-2, rtol=1e-3)
+        torch.testing.assert_close(first[counted], views["where"][counted], atol=1e-2, rtol=1e-3)
+        assert all(len(set(row.tolist())) == len(row) for row in views["places"])
+
+
+def test_air_is_left_out(tiny_plan):
+    """Catches places in flat regions, which look alike wherever they are."""
+    task, batch = make_task(tiny_plan((24, 16))), make_batch((24, 16))
+    noise = torch.randn(3, 1, 34, 24, generator=torch.Generator().manual_seed(0))
+    noise[:, :, :, 12:] = -1
+    batch = replace(batch, data=noise, valid=torch.ones_like(noise, dtype=torch.bool))
+    views = task.views(batch, RANDOM, train=False)
+    assert views["counted"].any(1).all()
+    assert views["where"][views["counted"]][:, 1].max() < 15
+
+
+def test_the_sham_compares_with_the_same_place_in_another_case(tiny_plan):
+    """Catches a sham whose features are still the case's own, and a loss that does not look at the partner."""
+    task = make_task(tiny_plan((24, 16))).eval()
+    batch = make_batch((24, 16))
+    batch = replace(batch, data=torch.randn(3, 1, 34, 24, generator=torch.Generator().manual_seed(0)))
+    views = task.views(batch, RANDOM, train=False)
+    sham = task.sham(views, RANDOM)
+    with torch.no_grad():
+        swapped = {**views, "second": views["second"].roll(1, 0), "second_valid": views["second_valid"].roll(1, 0)}
+        losses = [task(each).loss.item() for each in (sham, swapped, views)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-3)
+
+
+def test_near_places_are_no_negatives_of_each_other(tiny_plan):
+    """With everything within reach there is nothing to tell apart; with nothing, all places are candidates."""
+    task = make_task(tiny_plan((24, 16))).eval()
+    batch = make_batch((24, 16))
+    batch = replace(batch, data=torch.randn(3, 1, 34, 24, generator=torch.Generator().manual_seed(0)))
+    views = task.views(batch, RANDOM, train=False)
+    with torch.no_grad():
+        assert task({**views, "reach": torch.full((3,), 1e3)}).loss.item() == pytest.approx(0, abs=1e-6)
+        chance = task({**views, "reach": torch.zeros(3)}).metrics["contrast_chance"]
+    assert chance.item() == pytest.approx(views["counted"].sum(1).float().log().mean().item(), rel=1e-5)
+    assert (views["reach"] >= 2 * 0.6).all()
+    assert views["places"].shape == (3, prod((24, 16)) // 2)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "positions=1",
+        "width=0",
+        "temperature=0",
+        "parent_scale=0.5",
+        "crop_scale=[1,0.5]",
+        "shift=1",
+        "spatial.elastic=1",
+    ],
+)
+def test_impossible_settings_are_refused(override):
+    with pytest.raises(ValueError, match=override.split("=")[0]):
+        DenseContrastiveTrainer.configured([override])
