@@ -25,6 +25,8 @@ from nnssl_ext.downstream.mind import box_mean, continued
 
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """How strongly matches and smooth field are drawn together, one round each. Heinrich et al. 2014."""
+REST = 1e-3
+"""Cost of a squared displacement of one cell where nothing is known."""
 INVERSE_ROUNDS = 15
 SMOOTHINGS = 3
 """Averages over 3 positions that a field goes through: nearly a cubic B-spline."""
@@ -118,14 +120,19 @@ def search(fixed: torch.Tensor, moving: torch.Tensor, weight: torch.Tensor, reac
 def _costs(
     fixed: torch.Tensor, moving: torch.Tensor, weight: torch.Tensor, steps: torch.Tensor, sides: Sequence[int]
 ) -> torch.Tensor:
-    """The squared distance of features under each displacement, averaged over neighbours, (displacements, Z, Y, X)."""
+    """The squared distance of features under each displacement, averaged over neighbours, (displacements, Z, Y, X).
+
+    Where nothing is known, small displacements cost less.
+    """
     around = continued(moving, sides)
     costs = []
     for low in (steps + torch.tensor(sides, device=steps.device)).tolist():
         there = around[(slice(None), *(slice(a, a + size) for a, size in zip(low, fixed.shape[1:], strict=True)))]
         costs.append(((fixed - there) ** 2).sum(0) * weight[0])
     summed, norm = (box_mean(box_mean(values)) for values in (torch.stack(costs), weight))
-    return summed / norm.clamp(min=torch.finfo(torch.float32).eps)
+    known = norm > torch.finfo(torch.float32).eps
+    rest = REST * (steps**2).sum(1).view(-1, 1, 1, 1)
+    return torch.where(known, summed / norm.where(known, 1), rest)
 
 
 def consistent(forward: torch.Tensor, backward: torch.Tensor) -> torch.Tensor:

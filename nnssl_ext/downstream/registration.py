@@ -106,7 +106,7 @@ def register(
     began = time.monotonic()
     shape = fixed.voxels.shape[1:]
     shift = _start(moving, fixed, start)
-    at_start: Field = np.broadcast_to(shift.astype(np.float32), (*shape, 3))
+    at_start: Field = np.full((*shape, 3), shift, dtype=np.float32)
     total = at_start
     if describe is not None:
         pair = _pair(moving, fixed, at_start, start)

@@ -75,8 +75,20 @@ def test_equal_images_stay_where_they_are():
     assert found.abs().max() < 0.05
 
 
+def test_the_search_rests_where_nothing_is_known():
+    """The far half moves the other way, and does not count: fails where it does, or where ties go to the first."""
+    coarse = (8, 8, 20)
+    shift = torch.zeros(3, *coarse)
+    shift[2] = torch.where(voxels(coarse)[2] < 8, 2.0, -2.0)
+    weight = (voxels(coarse)[2] < 8).float()
+    found = search(texture(2 * (voxels(coarse) + shift)), texture(2 * voxels(coarse)), weight[None], 3)
+    assert torch.allclose(found[2, 2:-2, 2:-2, 2:6], torch.tensor(2.0), atol=1e-4)
+    assert found[2, :, :, 10:].min() > -1e-4
+    assert found[:, :, :, 18:].abs().max() < 1e-4
+
+
 def test_what_does_not_count_has_no_say():
-    """The far half of the fixed image moves the other way: unweighted, it would."""
+    """The far half of the fixed image moves the other way: fails where Adam follows it."""
     shift = torch.zeros(3, *SHAPE)
     shift[2] = torch.where(voxels()[2] < 14, 3.0, -3.0)
     weight = (voxels()[2] < 14).float()
