@@ -47,6 +47,20 @@ class HiddenTokens(nn.Module):
         return features.transpose(1, 2).unflatten(2, hidden.shape[2:])
 
 
+def hidden_places(hidden: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where tokens are hidden, as so many places of each sample, in order.
+
+    Args:
+        hidden: (B, 1, *tokens), bool, at most `most` of each sample True.
+        most: Places, M.
+
+    Returns:
+        Whether each place is hidden (B, M), bool, the hidden ones first; and the places, (B, M), int64.
+    """
+    counted, place = hidden.flatten(1).int().sort(stable=True, dim=1, descending=True)
+    return counted[:, :most].bool(), place[:, :most]
+
+
 def cells(hidden: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     """The voxels (B, 1, *tokens * stride) of tokens (B, 1, *tokens)."""
     for axis, edge in enumerate(stride, start=2):

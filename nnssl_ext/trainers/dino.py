@@ -13,11 +13,10 @@ Hidden tokens have a pass of their own, so descriptors are learned from whole cr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -44,85 +43,63 @@ from nnssl_ext.losses.ibot import ibot_loss
 from nnssl_ext.losses.koleo import koleo
 from nnssl_ext.losses.sinkhorn import sinkhorn
 from nnssl_ext.models.backbone import build_encoder, descriptor, export_network, flat_tokens, token_level
-from nnssl_ext.models.ema import Teacher, ema_momentum
+from nnssl_ext.models.distillation import Centring, DistillationConfig
+from nnssl_ext.models.ema import Teacher
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.models.heads import PrototypeHead
-from nnssl_ext.models.hidden import HiddenTokens
+from nnssl_ext.models.hidden import HiddenTokens, hidden_places
+from nnssl_ext.models.layer_rates import rate_of_layer
 from nnssl_ext.models.queue import EMPTY, FeatureQueue, all_rows, case_keys
 from nnssl_ext.models.standardise import Standardise
 from nnssl_ext.models.targets import Targets, check_balance, prototypes_for
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.masks import block_mask, check_blocks
-from nnssl_ext.views.multicrop import MEASURED, NUM_GLOBALS, MultiCropConfig, multi_crop, view_sizes
+from nnssl_ext.views.multicrop import (
+    MEASURED,
+    NUM_GLOBALS,
+    MultiCropConfig,
+    enlarged,
+    multi_crop,
+    num_patches,
+    view_sizes,
+)
 from nnssl_ext.views.sham import of_another_case
 
-Centring = Literal["softmax", "sinkhorn"]
 BALANCE = {"softmax": None, "sinkhorn": sinkhorn}
 """How targets are kept from being all the same, by the name of the setting."""
-STEP_SHARE = 0.1
-"""No constant number of steps exceeds this share of the run."""
 DESCRIPTORS_PER_PROTOTYPE, TOKENS_PER_PROTOTYPE = 1 / 16, 1 / 4
 """Samples per prototype below which balanced targets are refused: descriptors, hidden tokens."""
 MAX_KOLEO = 8.0
 """How far the collapse monitor may multiply KoLeo's weight."""
-_STAGE = re.compile(r"^encoder\.(?:module\.stages|eva\.blocks)\.(\d+)\.")
 
 Weighted = dict[str, tuple[float | torch.Tensor, torch.Tensor]]
 """Losses by name, each with its weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DINOConfig:
+class DINOConfig(DistillationConfig):
     """Settings of self-distillation on one descriptor per crop."""
 
     crops: MultiCropConfig = field(default_factory=MultiCropConfig)
     """Which views are compared."""
-    prototypes: int | None = None
-    """Number of prototypes, 2 or more; none: the power of two at or above 4 per case, from 256 to 8192."""
-    student_temperature: float = 0.1
-    """Above 0. Caron et al. 2021."""
-    teacher_temperature: tuple[float, float] = (0.04, 0.05)
-    """At the start and after the ramp, above 0. A fast or far rise is the main cause of collapse on volumes."""
-    temperature_ramp: float = 0.6
-    """Length of the rise as a share of the run, in [0, 1]."""
-    centring: Centring = "softmax"
-    """What keeps targets from being all the same: a running centre, or balance over the batch (large ones only)."""
-    centre_momentum: float = 0.999
-    """Of the running centre, in [0, 1); never above the teacher's, so that it forgets as fast."""
-    ema: tuple[float, float] = (0.992, 0.9995)
-    """The teacher's momentum at the start and at the end, each in [0, 1)."""
-    short_ema: tuple[float, float] = (0.996, 0.999)
-    """The same in runs shorter than `short_run`: a guess. On 54 small volumes targets became alike within 200 steps, a
-    little later with these than from .98 on."""
-    short_run: int = 5000
-    """In optimiser steps, 0 or more."""
-    freeze_steps: int = 1500
-    """Optimiser steps in which prototypes rest, 0 or more; at most a tenth of the run."""
     layer_decay: float = 0.9
     """Learning rate of an encoder stage (on a transformer: a block) relative to the next deeper one, in (0, 1]."""
     stem_lr: float = 0.2
     """Factor on the learning rate of a transformer's patch embedding, above 0. Oquab et al. 2023."""
+    final_share: float = 0.0
+    """Share of the run, at its end, in which global views have more voxels, in [0, 1). Siméoni et al. 2025."""
+    final_scale: float = 4 / 3
+    """Edge of those as a multiple of the others', 1 or more. They take that much to the power of three in memory."""
     export: Literal["teacher", "student"] = "teacher"
     """Whose encoder goes to fine-tuning."""
 
     def __post_init__(self) -> None:
-        for name in ("centre_momentum", "ema", "short_ema"):
-            value = getattr(self, name)
-            if not all(0 <= each < 1 for each in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name}={value} must lie in [0, 1): at 1 nothing would ever move.")
-        for name in ("student_temperature", "teacher_temperature", "stem_lr"):
-            value = getattr(self, name)
-            if not all(each > 0 for each in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name}={value} must be above 0.")
-        if self.prototypes is not None and self.prototypes < 2:
-            raise ValueError(f"prototypes={self.prototypes} must be 2 or more.")
-        if not 0 <= self.temperature_ramp <= 1:
-            raise ValueError(f"temperature_ramp={self.temperature_ramp} must lie in [0, 1].")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1].")
-        if min(self.short_run, self.freeze_steps) < 0:
-            raise ValueError(f"short_run={self.short_run} and freeze_steps={self.freeze_steps} must be 0 or more.")
+        super().__post_init__()
+        if not 0 < self.layer_decay <= 1 or not self.stem_lr > 0:
+            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1], stem_lr={self.stem_lr} be above 0.")
+        if not 0 <= self.final_share < 1 or self.final_scale < 1:
+            raise ValueError(f"final_share={self.final_share} must lie in [0, 1), final_scale={self.final_scale} >= 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +150,8 @@ class DINO(PretextTask):
         encoders={"cnn", "vit"},
     )
     config: DINOConfig
+    late: torch.Tensor
+    """1 while global views have more voxels, else 0."""
 
     def __init__(self, config: DINOConfig, configuration: Configuration, num_cases: int) -> None:
         """Builds student, teacher and head.
@@ -194,6 +173,13 @@ class DINO(PretextTask):
         self.head = PrototypeHead(width, self.num_prototypes)
         self.targets = Targets(self.num_prototypes, config.teacher_temperature[0], BALANCE[config.centring])
         self.teacher = Teacher(encoder=self.encoder, head=self.head)
+        self.register_buffer("late", torch.tensor(0.0))
+
+    def _sizes_now(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Voxels of global and local views at this step."""
+        if not self.config.final_share or not self.late:
+            return self.sizes
+        return enlarged(self.sizes[0], self.encoder.strides[-1], self.config.final_scale), self.sizes[1]
 
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
         """Two global and several local crops of each sample; only in training they are moved and recoloured.
@@ -203,7 +189,7 @@ class DINO(PretextTask):
             each case.
         """
         measured = MEASURED in self.configuration.normalization_schemes
-        crops = multi_crop(batch, random, self.config.crops, self.sizes, augment=train, measured=measured)
+        crops = multi_crop(batch, random, self.config.crops, self._sizes_now(), augment=train, measured=measured)
         kinds = zip(("global", "local"), crops, strict=True)
         named = {f"{kind}{number}": view.data for kind, of_kind in kinds for number, view in enumerate(of_kind)}
         return {**named, "case": case_keys(batch.cases, batch.data.device)}
@@ -262,20 +248,17 @@ class DINO(PretextTask):
 
     def after_step(self, step: int, total: int) -> None:
         """Moves teacher and centres once, and sets the next step's temperature and whether prototypes move."""
-        config = self.config
-        momentum = ema_momentum(step, total, *(config.short_ema if total < config.short_run else config.ema))
-        centre_momentum = min(config.centre_momentum, momentum)
-        start, end = config.teacher_temperature
-        temperature = start + (end - start) * min(1.0, (step + 1) / max(config.temperature_ramp * total, 1))
-        moving = step + 1 >= min(config.freeze_steps, int(STEP_SHARE * total))
+        pace = self.config.pace(step, total)
         for module in self.children():
             if isinstance(module, Targets):
-                module.update(centre_momentum, temperature)
+                module.update(pace.centre_momentum, pace.temperature)
             elif isinstance(module, PrototypeHead):
-                module.moving.fill_(float(moving))
+                module.moving.fill_(float(pace.moving))
             elif isinstance(module, Standardise):
                 module.update()
-        self.teacher.follow(momentum, **{name: self.get_submodule(name) for name, _ in self.teacher.named_children()})
+        self.late.fill_(float(step + 1 >= (1 - self.config.final_share) * total))
+        followed = {name: self.get_submodule(name) for name, _ in self.teacher.named_children()}
+        self.teacher.follow(pace.momentum, **followed)
 
     def respond(self, response: Response) -> str:
         """Turns temperatures, centres and prototypes; see `PretextTask`."""
@@ -292,13 +275,8 @@ class DINO(PretextTask):
 
     def lr_scale(self, name: str) -> float:
         """Layer-wise decay, and a slow patch embedding on a transformer; see `PretextTask`."""
-        if not name.startswith("encoder."):
-            return 1.0
-        stages = [int(found[1]) for found in map(_STAGE.match, dict(self.named_parameters())) if found]
-        num_stages, found = max(stages) + 1, _STAGE.match(name)
-        depth = int(found[1]) + 1 if found else num_stages * name.startswith("encoder.eva.norm.")
-        stem = self.config.stem_lr if name.startswith("encoder.down_projection.") else 1.0
-        return stem * self.config.layer_decay ** (num_stages + 1 - depth)
+        names = (each for each, _ in self.named_parameters())
+        return rate_of_layer(name, names, self.config.layer_decay, self.config.stem_lr)
 
     @property
     def exported_encoder(self) -> Encoder:
@@ -349,19 +327,23 @@ class DINOv2(DINO):
 
     def _build_tokens(self, config: DINOv2Config, others: int) -> None:
         width, num_tokens = self.encoder.channels[self.level], prod(self.grid)
-        self.most_hidden = min(num_tokens, ceil(config.mask_ratio[1] * num_tokens) + prod(self.block))
+        most_hidden = self._most_hidden(num_tokens)
         self.token_standard, self.teacher_token_standard = Standardise(width), Standardise(width)
         self.token_head = PrototypeHead(width, self.num_prototypes)
         self.token_targets = Targets(self.num_prototypes, config.teacher_temperature[0], BALANCE[config.ibot_centring])
         self.teacher.add(token_head=self.token_head)
         size = 0
         if config.ibot_centring == "sinkhorn":
-            size = max(0, min(config.ibot_queue, others * self.most_hidden))
+            size = max(0, min(config.ibot_queue, others * most_hidden))
             hidden = int(sum(config.mask_ratio) / 2 * num_tokens) * self.volumes
-            earlier = size * hidden // (self.most_hidden * self.volumes)  # the other places stay empty
+            earlier = size * hidden // (most_hidden * self.volumes)  # the other places stay empty
             check_balance("ibot_centring", hidden + earlier, self.num_prototypes, TOKENS_PER_PROTOTYPE)
         self.token_queue = FeatureQueue(size, self.token_head.bottleneck_width)
         self.fill_in = HiddenTokens(self.encoder, self.level)
+
+    def _most_hidden(self, num_tokens: int) -> int:
+        """Tokens of so many that are hidden at most."""
+        return min(num_tokens, ceil(self.config.mask_ratio[1] * num_tokens) + prod(self.block))
 
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
         """The crops of `DINO.views`, and which tokens of which global one are hidden.
@@ -372,7 +354,8 @@ class DINOv2(DINO):
         views = super().views(batch, random, train)
         draws, device = random.child("mask"), batch.data.device
         ratio = torch.from_numpy(draws.uniform("ratio", *self.config.mask_ratio, (1,))).to(device)
-        views["hidden"] = block_mask(draws, self.grid, self.block, ratio, device=device)
+        grid = [edge // step for edge, step in zip(views["global0"].shape[2:], self.stride, strict=True)]
+        views["hidden"] = block_mask(draws, grid, self.block, ratio, device=device)
         views["masked_view"] = torch.from_numpy(draws.integers("view", 0, NUM_GLOBALS)).to(device)
         return views
 
@@ -401,17 +384,16 @@ class DINOv2(DINO):
             theirs: The teacher's map of both global views, (2 B, D, *tokens).
         """
         hidden, row = views["hidden"], torch.arange(len(views["case"]), device=theirs.device)
-        counted, place = hidden.flatten(1).int().sort(stable=True, dim=1, descending=True)
-        counted, place = counted[:, : self.most_hidden].bool(), place[:, : self.most_hidden, None]
+        counted, place = hidden_places(hidden, self._most_hidden(hidden[0].numel()))
         chosen = flat_tokens(theirs.unflatten(0, (NUM_GLOBALS, -1))[views["masked_view"], row])
         image = torch.stack([views["global0"], views["global1"]])[views["masked_view"], row]
         student = flat_tokens(self.fill_in(self.encoder, image, hidden))
         with torch.no_grad():
-            asked = chosen.take_along_dim(place, 1)
+            asked = chosen.take_along_dim(place[..., None], 1)
             embedded = self.teacher.token_head.embed(self.teacher_token_standard(asked))
             scores = self.teacher.token_head.scores(embedded)
             targets = self.token_targets(scores, counted, self._earlier_tokens())
-        student = student.take_along_dim(place, 1)
+        student = student.take_along_dim(place[..., None], 1)
         logits = self.token_targets.close(self.token_head(self.token_standard(student)))
         if self.training:
             self.token_targets.centre.collect(scores, counted)
@@ -465,11 +447,6 @@ def _joined(views: Views, kind: str) -> torch.Tensor:
     return torch.cat([view for name, view in views.items() if name.startswith(kind)])
 
 
-RECIPE_OPTIM = OptimConfig(name="adamw", lr=2e-4, weight_decay=0.04, betas=(0.9, 0.99), clip=1.0, decay_vectors=False)
-"""For small networks; 5e-5 to 1e-4 is a peak for 100 to 300 million parameters."""
-RECIPE_SCHEDULE = ScheduleConfig(name="cosine", warmup_steps=1500)
-
-
 @TRAINERS.register
 class DINOTrainer(PretrainTrainer):
     """Self-distillation on one descriptor per crop, with a recipe for small batches of volumes.
@@ -477,16 +454,34 @@ class DINOTrainer(PretrainTrainer):
     Eight batches make up an update, so 125 epochs of updates see as many volumes as 1000 of other methods.
     """
 
-    task = DINO
+    task: ClassVar[type[PretextTask]] = DINO
     cost = StepCost(views=2.5, copies=2, decoder=False)
-    optim = RECIPE_OPTIM
-    schedule = RECIPE_SCHEDULE
+    optim = OptimConfig(
+        name="adamw",
+        lr=2e-4,
+        lr_size=30e6,  # so 6e-5 to 1.1e-4 at 100 to 300 million parameters, and 2e-3 at the fewest
+        weight_decay=0.04,
+        final_weight_decay=0.2,
+        betas=(0.9, 0.99),
+        clip=1.0,
+        decay_vectors=False,
+    )
+    schedule = ScheduleConfig(name="cosine", warmup_steps=1000, warmup_share=0.05)
     accumulate = 8
     num_epochs = 125
 
+    def step_cost(self, configuration: Configuration) -> StepCost:
+        """Of the views that were asked for; see `PretrainTrainer`."""
+        config = self.task_config
+        stride = [prod(steps) for steps in zip(*configuration.strides, strict=True)]
+        scale = config.final_scale if config.final_share else 1.0
+        passes = NUM_GLOBALS + (getattr(config, "ibot_weight", 0) > 0)
+        views = num_patches(config.crops, passes, configuration.patch_size, stride, scale)
+        return replace(self.cost, views=views)
+
 
 @TRAINERS.register
-class DINOv2Trainer(PretrainTrainer):
+class DINOv2Trainer(DINOTrainer):
     """Self-distillation on descriptors and hidden tokens, with a recipe for small batches of volumes.
 
     Eight batches make up an update, so 125 epochs of updates see as many volumes as 1000 of other methods.
@@ -494,7 +489,3 @@ class DINOv2Trainer(PretrainTrainer):
 
     task = DINOv2
     cost = StepCost(views=3.5, copies=2, decoder=False)
-    optim = RECIPE_OPTIM
-    schedule = RECIPE_SCHEDULE
-    accumulate = 8
-    num_epochs = 125

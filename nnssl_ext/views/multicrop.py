@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
@@ -21,6 +22,8 @@ MEASURED = "CTNormalization"
 """The normalisation of images whose numbers are physical."""
 MIN_POSITIONS = 2
 """Positions per axis that the deepest feature map has at least: of a single one, instance normalisation leaves 0."""
+LOCAL_POSITIONS, ROOM = 4, 6
+"""Positions per axis that it has of a local view, at least, where a global one has `ROOM` or more of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class MultiCropConfig:
     global_size: tuple[int, ...] | None = None
     """Voxels of a global view per axis; none: the patch."""
     local_size: tuple[int, ...] | None = None
-    """Voxels of a local view per axis; none: half of a global one, in whole strides of the network, two at least."""
+    """Voxels of a local view per axis; none: half of a global one, in whole strides of the network, two at least, and
+    four where a global view has six."""
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
     """How each view is flipped, rotated and scaled in training."""
     intensity: IntensityConfig = field(default_factory=lambda: IntensityConfig(low_resolution=0.1, inverted_gamma=0.0))
@@ -71,9 +75,7 @@ def view_sizes(
         ValueError: Where a size has another number of axes than the patch, or is not whole strides, two at least.
     """
     large = config.global_size or tuple(patch_size)
-    small = config.local_size or tuple(
-        min(edge, step * max(MIN_POSITIONS, -(-edge // (2 * step)))) for edge, step in zip(large, stride, strict=False)
-    )
+    small = config.local_size or tuple(map(_local_edge, large, stride))
     for name, size in (("global_size", large), ("local_size", small)):
         whole = len(size) == len(stride) and not any(edge % step for edge, step in zip(size, stride, strict=True))
         if not whole or all(edge < MIN_POSITIONS * step for edge, step in zip(size, stride, strict=True)):
@@ -82,6 +84,29 @@ def view_sizes(
                 f"them along one. Set it by --set crops.{name}=[...], or plan another patch than {tuple(patch_size)}"
             )
     return large, small
+
+
+def _local_edge(edge: int, step: int) -> int:
+    least = LOCAL_POSITIONS if edge >= ROOM * step else MIN_POSITIONS
+    return min(edge, step * max(least, -(-edge // (2 * step))))
+
+
+def enlarged(size: Sequence[int], stride: Sequence[int], scale: float) -> tuple[int, ...]:
+    """A size some times as large along each axis, rounded to whole strides, and never smaller."""
+    return tuple(max(edge, step * round(edge * scale / step)) for edge, step in zip(size, stride, strict=True))
+
+
+def num_patches(
+    config: MultiCropConfig,
+    num_globals: int,
+    patch_size: Sequence[int],
+    stride: Sequence[int],
+    scale: float = 1.0,
+) -> float:
+    """How many patches have the voxels of so many global views, enlarged by a scale, and of the local ones."""
+    large, small = view_sizes(config, patch_size, stride)
+    voxels = num_globals * prod(enlarged(large, stride, scale)) + config.num_locals * prod(small)
+    return voxels / prod(patch_size)
 
 
 def multi_crop(

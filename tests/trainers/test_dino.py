@@ -16,7 +16,7 @@ from nnssl_ext.engine.steps import Stepper
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.backbone import descriptor, flat_tokens
 from nnssl_ext.models.hidden import cells
-from nnssl_ext.trainers.dino import DINO, DINOv2, DINOv2Config, DINOv2Trainer
+from nnssl_ext.trainers.dino import DINO, DINOTrainer, DINOv2, DINOv2Config, DINOv2Trainer
 from nnssl_ext.views.multicrop import MultiCropConfig
 
 PATCHES = {"3d": (16, 24, 8), "2d": (24, 16)}
@@ -85,7 +85,7 @@ def test_the_teacher_starts_as_the_student_gets_no_gradient_and_follows_once_per
     assert all(p.grad is None for p in task.teacher.parameters())
     student = dict(task.encoder.named_parameters())
     for name, now in task.teacher.encoder.named_parameters():
-        assert torch.allclose(now, torch.lerp(student[name], before[name], 0.996), atol=1e-6), name
+        assert torch.allclose(now, torch.lerp(student[name], before[name], 0.98), atol=1e-6), name
 
 
 def test_accumulated_batches_move_teacher_centre_and_moments_once(tiny_plan):
@@ -109,7 +109,7 @@ def test_accumulated_batches_move_teacher_centre_and_moments_once(tiny_plan):
         object.__setattr__(module, method, count)
     stepper.train_step([make_batch(patch, 0), make_batch(patch, 1)], 0)
     assert moved == {"teacher": 1, "centre": 1, "moments": 1}
-    assert task.targets.centre.weight == pytest.approx(0.004, rel=1e-3)
+    assert task.targets.centre.weight == pytest.approx(0.02, rel=1e-3)
 
 
 def test_hidden_tokens_are_as_many_as_asked_for_and_in_one_view_of_each_sample(make_plan, patch):
@@ -240,6 +240,44 @@ def test_schedules_count_optimiser_steps_and_shorten_with_the_run(tiny_plan):
     assert moving == [0.0] * 4 + [1.0] * 36  # a tenth of the run
     assert task.token_targets.temperature == task.targets.temperature
     assert task.token_head.moving == 1
+
+
+def test_late_views_have_more_voxels_and_everything_goes_on_with_them(make_plan, patch):
+    """Fails if hidden tokens stay on the small grid, or if a resumed run falls back to small views."""
+    task = make_task(make_plan(patch), final_share=0.25, final_scale=1.5, gram_weight=1.0, gram_start=0.1)
+    stride = task.encoder.strides[-1]
+    larger = tuple(max(edge, step * round(edge * 1.5 / step)) for edge, step in zip(patch, stride, strict=True))
+    for step, size in ((28, patch), (29, larger)):  # after 29 of 40 steps the last quarter is one step ahead
+        task.after_step(step, TOTAL)
+        assert views_of(task, make_batch(patch))["global0"].shape[2:] == size
+    resumed = make_task(make_plan(patch), final_share=0.25, final_scale=1.5, gram_weight=1.0, gram_start=0.1)
+    resumed.load_state_dict(task.state_dict())
+    views = views_of(resumed, make_batch(patch))
+    assert views["global1"].shape[2:] == larger
+    assert views["local0"].shape[2:] == task.sizes[1]
+    assert views["hidden"].shape[2:] == tuple(edge // step for edge, step in zip(larger, task.stride, strict=True))
+    resumed._cast_anchor()
+    output = resumed.train()(views)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert {"ibot_loss", "gram_loss"} <= set(output.metrics)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings", "views"),
+    [
+        (DINOTrainer, [], 2.5),
+        (DINOv2Trainer, [], 3.5),
+        (DINOv2Trainer, ["ibot_weight=0", "crops.num_locals=8"], 3.0),
+        (DINOTrainer, ["final_share=0.1", "final_scale=1.5", "crops.num_locals=0"], 6.75),
+    ],
+)
+def test_memory_is_asked_for_the_views_there_are(tiny_plan, trainer, settings, views):
+    """Fails if the planner's number is not that of the default settings, or if settings do not change it."""
+    configuration = tiny_plan((32, 32, 32)).configuration("3d_fullres")
+    assert trainer.configured(settings).step_cost(configuration).views == pytest.approx(views)
+    if not settings:
+        assert trainer.cost.views == views
 
 
 def test_prototypes_follow_the_cases_and_queues_never_hold_a_batch_twice(tiny_plan):
@@ -401,4 +439,4 @@ def test_two_processes_compute_what_one_with_twice_the_batch_does(tiny_plan, tmp
         assert set(found) == set(expected)
         for name, value in expected.items():
             largest = value.nan_to_num(posinf=0).abs().max() if value.numel() and value.is_floating_point() else 0
-            assert torch.allclose(found[name], value, rtol=0, atol=1e-6 + 1e-3 * float(largest)), name
+            assert torch.allclose(found[name], value, rtol=0, atol=5e-6 + 1e-3 * float(largest)), name

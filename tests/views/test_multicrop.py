@@ -6,7 +6,7 @@ import torch
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.views.intensity import IntensityConfig
-from nnssl_ext.views.multicrop import MultiCropConfig, multi_crop, view_sizes
+from nnssl_ext.views.multicrop import MultiCropConfig, enlarged, multi_crop, num_patches, view_sizes
 from nnssl_ext.views.spatial import SpatialConfig
 
 RANDOM = SampleRandom(seed=0, step=0, samples=(3, 4, 5))
@@ -75,13 +75,23 @@ def test_measured_intensities_keep_their_scale():
         ((96, 96, 96), (8, 8, 8), (48, 48, 48)),
         ((160, 160, 160), (32, 32, 32), (96, 96, 96)),
         ((40, 56, 40), (8, 8, 8), (24, 32, 24)),
-        ((16, 24, 8), (4, 4, 4), (8, 12, 8)),
+        ((16, 24, 8), (4, 4, 4), (8, 16, 8)),
+        ((192, 192, 192), (32, 32, 32), (128, 128, 128)),
         ((20, 256, 256), (1, 32, 32), (10, 128, 128)),
-        ((24, 16), (4, 4), (12, 8)),
+        ((24, 16), (4, 4), (16, 8)),
     ],
 )
 def test_local_views_are_half_a_global_one_in_whole_strides(patch, stride, local):
+    """And at least four positions along axes where a global view has six, else two."""
     assert view_sizes(MultiCropConfig(), patch, stride) == (patch, local)
+
+
+def test_larger_views_are_whole_strides_and_what_they_cost_is_counted():
+    assert enlarged((40, 56, 8), (8, 8, 8), 4 / 3) == (56, 72, 8)
+    assert enlarged((96, 96), (32, 32), 1.0) == (96, 96)
+    config = MultiCropConfig(num_locals=8)
+    assert num_patches(config, 2, (32, 32, 32), (4, 4, 4)) == 2 + 8 / 8
+    assert num_patches(config, 3, (32, 32, 32), (4, 4, 4), scale=1.5) == 3 * 1.5**3 + 8 / 8
 
 
 @pytest.mark.parametrize("size", [(18, 24, 8), (16, 24), (4, 4, 4)])
