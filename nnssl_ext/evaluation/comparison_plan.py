@@ -112,7 +112,10 @@ class Planned:
     @property
     def networks(self) -> dict[str, Method]:
         """Every network once, with the first method that has it."""
-        return {method.network: method for method in reversed(self.methods) if not method.sham}
+        found: dict[str, Method] = {}
+        for method in self.methods:
+            found.setdefault(method.network, method)
+        return found
 
     def plans_path(self, method: Method) -> Path:
         """The plans that a method is pretrained with."""

@@ -105,11 +105,8 @@ class Protocol:
         Raises:
             ValueError: If a name is unknown or a value does not fit.
         """
-        added = {
-            name: [*getattr(self, name), *changes[name]]
-            for name in ("settings", "settings_if_known")
-            if name in changes
-        }
+        lists = [name for name in ("settings", "settings_if_known") if isinstance(changes.get(name), list)]
+        added = {name: [*getattr(self, name), *changes[name]] for name in lists}
         return from_dict(Protocol, {**asdict(self), **changes, **added}, where)
 
     def resolved(self, trainer: type[PretrainTrainer]) -> Protocol:
