@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnssl_ext.core.logs import configure_logging
     from nnssl_ext.evaluation.comparison import compare_methods
     from nnssl_ext.reports.comparison import write_comparison
+    from nnssl_ext.reports.page import write_report
 
     configure_logging()
     settings, machine = _settings(args), _machine(args)
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         line = shlex.join(["nnssl_compare", *arguments])
         comparison, evaluation, folder = compare_methods(settings, executor, machine, command=line)
+    write_report(evaluation, folder)
     _conclude(comparison, write_comparison(comparison, evaluation, folder))
 
 

@@ -316,8 +316,9 @@ def test_mistakes_in_a_settings_file_are_named(tmp_path: Path, content: dict, me
 def test_the_whole_command(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     write_json(world.root / "s.json", {"probe": {"config": {"num_labelled": 3, "neighbours": 0}}})
     monkeypatch.setattr(command, "_executor", lambda *_: InlineExecutor())
-    monkeypatch.setattr("nnssl_ext.evaluation.comparison.training.train_fold", fakes.pretend_to_train)
     monkeypatch.setattr("nnssl_ext.evaluation.comparison.evaluate", _with(fakes.pretend_to_train))
+    drawn = []
+    monkeypatch.setattr("nnssl_ext.reports.page.write_report", lambda evaluation, folder: drawn.append(folder))
     words = [
         "-d",
         "4",
@@ -344,6 +345,7 @@ def test_the_whole_command(world: World, monkeypatch: pytest.MonkeyPatch, capsys
     folder = world.root / "results" / fakes.DATASET / "evaluation" / "compare-20steps"
     assert output.endswith(f"report: {folder / 'comparison.html'}\n")
     assert (folder / "comparison.md").is_file()
+    assert drawn == [folder]
     assert load_comparison(folder).command.startswith("nnssl_compare -d 4 -tr MAETrainer SparkTrainer --budget 20")
 
 
