@@ -67,6 +67,20 @@ def test_places_correspond_in_scanner_coordinates(tiny_plan, patch_size, spacing
         assert all(len(set(row.tolist())) == len(row) for row in views["places"])
 
 
+def test_features_are_read_at_the_places(tiny_plan, patch_size, monkeypatch):
+    """With the voxels themselves as features, those of both views are the same at a place.
+
+    Catches axes that are swapped where the second view is read, and voxels of another place of the first.
+    """
+    monkeypatch.setattr("nnssl_ext.trainers.dense_contrastive.run_dense", lambda *args: (args[2], None))
+    task = make_task(tiny_plan(patch_size, len(patch_size)), intensity=NOTHING)
+    views = task.views(make_batch(patch_size), RANDOM, train=True)
+    shown = task(views).embeddings
+    assert views["counted"][:, 0].all()
+    torch.testing.assert_close(shown.first, views["where"][:, 0], atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(shown.second, shown.first, atol=2e-2, rtol=1e-3)
+
+
 def test_air_is_left_out(tiny_plan):
     """Catches places in flat regions, which look alike wherever they are."""
     task, batch = make_task(tiny_plan((24, 16))), make_batch((24, 16))
