@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 PLANES = ("axial", "coronal", "sagittal")
 WINDOW_PERCENTILES = (0.5, 99.5)
 DPI = 110
+GOLDEN_RATIO = 0.618034
+"""Of the circle of hues lies between a label's colour and the next one's."""
 CELL_INCHES = 2.4
 BLUE, ORANGE, GREEN, RED, GREY = "#2c6fbb", "#d9822b", "#3a8a57", "#b8433f", "#6b7280"
 Records = Sequence[Mapping[str, Any]]
@@ -44,13 +46,13 @@ def draw_reconstruction(images: Mapping[str, npt.NDArray[Any]], spacing: Sequenc
     """Mid-slices of one sample: a row per plane, a column per picture, all in the grey window of the first.
 
     Args:
-        images: Name to (C, *patch); the first channel is drawn.
+        images: Name to (C, *patch); the first channel is drawn. Integers are labels: each has a colour, and 0 is black.
         spacing: In mm, in the order of the axes.
         title: Stands above.
     """
     from matplotlib.figure import Figure
 
-    volumes = {name: np.asarray(image[0], dtype=np.float32) for name, image in images.items()}
+    volumes = {name: np.asarray(image[0]) for name, image in images.items()}
     low, high = np.percentile(next(iter(volumes.values())), WINDOW_PERCENTILES)
     columns = {name: mid_slices(volume, spacing) for name, volume in volumes.items()}
     planes = next(iter(columns.values()))
@@ -62,8 +64,9 @@ def draw_reconstruction(images: Mapping[str, npt.NDArray[Any]], spacing: Sequenc
         axes[0, column].set_title(name, color="white", fontsize=10)
         for row, (pixels, aspect) in enumerate(slices):
             axis = axes[row, column]
+            shades = label_colours(pixels) if np.issubdtype(pixels.dtype, np.integer) else pixels
             axis.imshow(
-                pixels, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest"
+                shades, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest"
             )
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
@@ -71,6 +74,13 @@ def draw_reconstruction(images: Mapping[str, npt.NDArray[Any]], spacing: Sequenc
                 axis.set_ylabel(PLANES[row], color="white", fontsize=9)
     figure.suptitle(title, color="white", fontsize=10)
     return figure
+
+
+def label_colours(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A colour for each whole number, the same everywhere, neighbours unlike: (..., 3), in [0, 1]; black for 0."""
+    hue = 6 * (labels * GOLDEN_RATIO % 1)[..., None]
+    bright = np.where(labels[..., None] // 2 % 2, 1.0, 0.7)
+    return np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1) * bright * (labels[..., None] != 0)
 
 
 def draw_progress(metrics: Records, timing: Records, title: str) -> Figure:

@@ -136,10 +136,11 @@ class Tracker:
 
         Args:
             epoch: The finished epoch.
-            images: Name to (B, C, *patch).
+            images: Name to (B, C, *patch); see `draw_reconstruction`.
             spacing: In mm, in the order of the axes.
         """
-        arrays = {name: image[0].float().cpu().numpy() for name, image in images.items()}
+        first = {name: image[0].cpu() for name, image in images.items()}
+        arrays = {name: (each.float() if each.is_floating_point() else each).numpy() for name, each in first.items()}
         figure = draw_reconstruction(arrays, spacing, f"{self.title}, epoch {epoch + 1}")
         with atomic_path(self.folder / "reconstructions" / f"epoch_{epoch + 1:04d}.png") as temporary:
             figure.savefig(temporary, dpi=DPI, format="png", facecolor=figure.get_facecolor())

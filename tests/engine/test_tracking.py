@@ -100,6 +100,16 @@ def test_reconstructions_share_the_grey_window_of_the_first_picture(shape, rows)
     assert max(limits.pop()) <= 1
 
 
+def test_integers_are_drawn_as_labels_each_in_its_colour():
+    """Catches labels in shades of grey, two of one colour, and a background that is not black."""
+    labels = np.arange(48).reshape(1, 6, 8) % 21
+    figure = draw_reconstruction({"input": np.zeros((1, 6, 8)), "clusters": labels}, (1.0, 1.0), "title")
+    colours = np.asarray(figure.axes[1].images[0].get_array())
+    assert colours.shape == (6, 8, 3)
+    assert not colours[labels[0] == 0].any()
+    assert len({tuple(colour) for colour in colours[labels[0] > 0].round(3).tolist()}) == 20
+
+
 def test_progress_is_drawn_with_and_without_optional_records():
     full = {**METRICS, "token_spread": 0.4, "same_case_retrieval": 0.6, "same_case_retrieval_chance": 0.1}
     figure = draw_progress([{**full, "train_gradient_norm": 2.0}], [TIMING], "title")
