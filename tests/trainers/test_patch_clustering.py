@@ -102,8 +102,8 @@ def test_overlap_is_that_computed_by_hand():
 def test_planted_assignments_come_out_at_their_tokens(tiny_plan):
     """Each of 2x3x20 tokens likes one prototype best, of 5, in an order that no symmetry keeps; the queue is empty.
 
-    Catches assignments that are scrambled on their way out of Sinkhorn: with its result reshaped instead of transposed,
-    planted once, 22% were right, 20% by chance.
+    Catches assignments that are scrambled on their way out of Sinkhorn, as by its result
+    reshaped instead of transposed; planted once.
     """
     task = make_task(tiny_plan((24, 16)), prototypes=5)
     planted = torch.stack([torch.randperm(60, generator=torch.Generator().manual_seed(n)) % 5 for n in range(2)])
@@ -155,8 +155,8 @@ def test_prototypes_have_length_one_and_rest_at_the_start(tiny_plan):
 
 
 def test_predictions_are_cosines(tiny_plan):
-    """Neither the length of prototypes nor of the projected tokens matters. Catches a student that is not normalised:
-    with it, planted once, the loss was 2.5 times as large for features of 4 times the length."""
+    """Neither the length of prototypes nor of the projected tokens matters. Catches a student that is not normalised;
+    planted once."""
     task = make_task(tiny_plan((24, 16))).eval()
     views = task.views(make_batch(noise()), RANDOM, train=False)
     with torch.no_grad():
@@ -202,7 +202,7 @@ class Sign(nn.Module):
 
 def test_pictures_show_what_both_views_say_of_the_same_place(tiny_plan):
     """Stripes, bright and dark, and a flat half: clusters are the stripes, and the second view, elsewhere and of
-    another size, predicts them where they are. Catches a second view that is not carried into the first, planted once,
+    another size, predicts them where they are. Catches a second view that is not carried into the first,
     and clusters where there is background."""
     task = make_task(tiny_plan((24, 16)), crop_scale=(0.6, 1), shift=0.3, prototypes=2, tokens_per_prototype=0).eval()
     task.encoder, task.head = Means(), Sign()
