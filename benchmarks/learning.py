@@ -306,15 +306,11 @@ def split_labelled(protocol: Protocol) -> tuple[Any, list[str], list[str]]:
 
 def probe_features(frozen: Any, protocol: Protocol) -> dict[str, Any]:
     """Linear probe of the test cases: Dice (subsets, cases, classes)."""
-    from nnssl_ext.downstream.labelled import read_labelled
-    from nnssl_ext.downstream.probing import ProbeConfig, probe
+    from nnssl_ext.downstream.probing import ProbeConfig
+    from nnssl_ext.evaluation.probes import probe_record
 
-    if protocol.backbone == "cnn":
-        frozen = replace(frozen, configuration=replace(frozen.configuration, patch_size=PROBE_PATCH))
     manifest, pool, test = split_labelled(protocol)
-    labelled, unseen = (read_labelled(manifest, ids, frozen.plan, frozen.configuration) for ids in (pool, test))
-    result = probe(frozen, labelled, unseen, ProbeConfig(neighbours=0))
-    return {"classes": result.classes, "cases": result.cases, "dice": without_nan(result.linear)}
+    return probe_record(frozen, manifest, pool, test, patch_size=PROBE_PATCH, config=ProbeConfig(neighbours=0))
 
 
 def fine_tune(job: Job, checkpoint: Path | None, workspace: Path) -> dict[str, Any]:

@@ -165,9 +165,8 @@ def probe_method(task: ProbeTask) -> None:
     from nnssl_ext.core.records import from_dict
     from nnssl_ext.dataset.manifest import Manifest
     from nnssl_ext.downstream.frozen import load_frozen, random_frozen
-    from nnssl_ext.downstream.labelled import read_labelled
-    from nnssl_ext.downstream.probing import ProbeConfig, probe
-    from nnssl_ext.evaluation.learning import without_nan
+    from nnssl_ext.downstream.probing import ProbeConfig
+    from nnssl_ext.evaluation.probes import probe_record
     from nnssl_ext.planners.plan import Plan
 
     with _worker("cpu", (), task.log_file):
@@ -176,19 +175,10 @@ def probe_method(task: ProbeTask) -> None:
             frozen = random_frozen(plan, plan.configuration(task.configuration), task.seed)
         else:
             frozen = load_frozen(task.checkpoint)
-        if frozen.configuration.backbone == "cnn":
-            frozen = replace(frozen, configuration=replace(frozen.configuration, patch_size=task.patch_size))
         manifest = Manifest.load(find_dataset(task.dataset, raw_root()))
-        pool, test = (read_labelled(manifest, ids, frozen.plan, frozen.configuration) for ids in (task.pool, task.test))
-        result = probe(frozen, pool, test, from_dict(ProbeConfig, task.config))
-    write_json(
-        task.target,
-        {
-            "classes": list(result.classes),
-            "cases": list(result.cases),
-            "dice": without_nan(result.linear),
-        },
-    )
+        config = from_dict(ProbeConfig, task.config)
+        record = probe_record(frozen, manifest, task.pool, task.test, patch_size=task.patch_size, config=config)
+    write_json(task.target, record)
 
 
 @dataclass(frozen=True, kw_only=True)
