@@ -135,15 +135,16 @@ def fix_steps(planned: Planned, executor: Executor, machine: Machine) -> dict[st
         Code of a real method to `seconds_per_step` and `steps`.
 
     Raises:
-        ValueError: If the folder belongs to a comparison with another budget or device, or a measurement failed.
+        ValueError: If the folder belongs to a comparison with another budget, device or precision, or a measurement
+            failed.
     """
     path = planned.folder / BUDGET_FILE
-    now = {"budget": planned.settings.budget.text, "device": machine.device}
+    now = {"budget": planned.settings.budget.text, "device": machine.device, "precision": machine.precision}
     kept: dict[str, Any] = read_json(path) if path.is_file() else {**now, "methods": {}}
     for name, value in now.items():
-        if kept[name] != value:
+        if (begun := kept.get(name)) != value:
             raise ValueError(
-                f"{planned.folder} was begun with {name} {kept[name]}, not {value}. Give that one, or another --name"
+                f"{planned.folder} was begun with {name} {begun}, not {value}. Give that one, or another --name"
             )
     real = {method.code: method for method in planned.methods if not method.sham}
     missing = {

@@ -35,6 +35,8 @@ from nnssl_ext.preprocessing.store import Store
 
 SCRATCH = "scratch"
 _CODE_LENGTH = 6
+_NETWORK_KEYS = ("architecture", "batch_size", "patch_size")
+"""Of a configuration: what does not decide how images are prepared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Method:
     protocol: Protocol
     plan: Plan
     configuration: Configuration
+    images: str
+    """Code of the images that are pretrained on."""
 
     @property
     def short(self) -> str:
@@ -67,19 +71,27 @@ class Method:
         """Of all that decides a step."""
         return code_of(
             self.trainer,
-            self.plan.dataset_name,
             self.plan.plans_name,
             self.configuration.name,
             self.configuration.architecture,
             self.configuration.patch_size,
             self.batch_size,
             self.protocol.settings,
+            self.preparation,
+            self.images,
         )
+
+    @property
+    def preparation(self) -> str:
+        """Of all that decides how an image is prepared, which fine-tuning and probes take over from the pretraining."""
+        prepared = {key: value for key, value in self.configuration.raw.items() if key not in _NETWORK_KEYS}
+        intensities = self.plan.raw["foreground_intensity_properties_per_channel"]
+        return code_of(self.plan.dataset_name, prepared, self.configuration.transpose_forward, intensities)
 
     @property
     def network(self) -> str:
         """Of the network that is fine-tuned, which arms from scratch share with it."""
-        return code_of(with_patch_size(self.configuration.architecture, ()), self.configuration.data_identifier)
+        return code_of(with_patch_size(self.configuration.architecture, ()), self.preparation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +262,8 @@ def resolve_methods(settings: ComparisonSettings, pretraining: Path) -> list[Met
         FileNotFoundError: If plans are missing.
         ValueError: If a method does not run on its network, or dimensions differ between methods.
     """
-    methods = []
+    methods: list[Method] = []
+    images: dict[str, str] = {}
     for sham in (False, True) if settings.sham != "no" else (False,):
         for trainer in settings.trainers:
             if not sham or has_sham(trainer):
@@ -259,12 +272,27 @@ def resolve_methods(settings: ComparisonSettings, pretraining: Path) -> list[Met
                 configuration = plan.configuration(protocol.configuration)
                 _check_network(trainer, configuration)
                 TRAINERS.get(trainer).configured(protocol.settings, configuration.backbone)
+                identifier = configuration.data_identifier
+                if identifier not in images:
+                    images[identifier] = images_code(Store.open(pretraining / identifier))
                 methods.append(
-                    Method(trainer=trainer, sham=sham, protocol=protocol, plan=plan, configuration=configuration)
+                    Method(
+                        trainer=trainer,
+                        sham=sham,
+                        protocol=protocol,
+                        plan=plan,
+                        configuration=configuration,
+                        images=images[identifier],
+                    )
                 )
     if len({method.configuration.dims for method in methods}) > 1:
         raise ValueError("2D and 3D methods cannot be compared: give them configurations of the same dimensions")
     return methods
+
+
+def images_code(store: Store) -> str:
+    """Of the images in a store, by name and content."""
+    return code_of(sorted((case_id, list(entry.content_hashes)) for case_id, entry in store.entries.items()))
 
 
 def _check_network(trainer: str, configuration: Configuration) -> None:

@@ -101,8 +101,7 @@ def probe_tasks(planned: Planned, runs: Sequence[Job]) -> dict[str, jobs.ProbeTa
 
 def random_key(method: Method, seed: int) -> str:
     """Name of the probe of the encoder that a run starts from, which methods on the same network share."""
-    configuration = method.configuration
-    return f"random-{code_of(configuration.architecture, configuration.data_identifier)}-s{seed}"
+    return f"random-{code_of(method.configuration.architecture, method.preparation)}-s{seed}"
 
 
 def arm_pattern(planned: Planned, job: Job) -> str:
