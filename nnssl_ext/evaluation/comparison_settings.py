@@ -23,6 +23,7 @@ from typing import Any, Literal
 from nnssl_ext.core.records import from_dict, read_json
 from nnssl_ext.downstream.probing import ProbeConfig
 from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer
+from nnssl_ext.evaluation.folds import check_choices
 from nnssl_ext.evaluation.records import NumTrain
 
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -98,6 +99,10 @@ class Protocol:
     """The same, for those methods alone that have such a setting."""
     transfer: Literal["auto", "encoder", "encoder_decoder"] = "auto"
     """Weights that fine-tuning takes over; `auto`: the decoder too where the method has trained it."""
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be 1 or more; leave it out for those of the budget")
 
     def with_changes(self, changes: Mapping[str, Any], where: str) -> Protocol:
         """With the values of a settings file; lists of settings add up.
@@ -186,6 +191,7 @@ class ComparisonSettings:
             )
         for trainer in self.trainers:
             TRAINERS.get(trainer)
+        check_choices(self.folds, self.num_train, self.seeds)
 
     def protocol(self, trainer: str) -> Protocol:
         """How a method is pretrained."""

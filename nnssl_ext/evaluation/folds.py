@@ -72,6 +72,19 @@ def sizes_from_fractions(fractions: Sequence[float], splits: Sequence[Split]) ->
     return ["all" if count == smallest else count for count in counts]
 
 
+def check_choices(folds: Sequence[int], num_train: Sequence[NumTrain], seeds: Sequence[int]) -> None:
+    """Refuses folds, sizes or seeds that are named twice, sizes or seeds that are none, and negative seeds.
+
+    Raises:
+        ValueError: Naming what was given.
+    """
+    for what, values in (("folds", folds), ("num_train", num_train), ("seeds", seeds)):
+        if len(set(values)) != len(values) or (not values and what != "folds"):
+            raise ValueError(f"{what} must be one or more different values (given: {list(values)})")
+    if any(seed < 0 for seed in seeds):
+        raise ValueError(f"seeds must be 0 or more (given: {list(seeds)})")
+
+
 def check_folds(folds: Sequence[int], splits: Sequence[Split]) -> None:
     """Refuses folds that are not planned.
 

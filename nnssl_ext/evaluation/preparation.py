@@ -52,12 +52,7 @@ class EvaluationSettings:
     """Name of the evaluation's folder; None: made from the arms."""
 
     def __post_init__(self) -> None:
-        for what in ("folds", "num_train", "seeds"):
-            values = getattr(self, what)
-            if len(set(values)) != len(values) or (not values and what != "folds"):
-                raise ValueError(f"{what} must be one or more different values (given: {list(values)})")
-        if any(seed < 0 for seed in self.seeds):
-            raise ValueError(f"seeds must be 0 or more (given: {list(self.seeds)})")
+        folds.check_choices(self.folds, self.num_train, self.seeds)
         if self.tolerance_mm < 0:
             raise ValueError(f"a surface tolerance of {self.tolerance_mm} mm is not possible; give 0 or more")
 
