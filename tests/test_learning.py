@@ -92,6 +92,12 @@ def test_nothing_is_decided_without_sham_or_from_one_seed(difference, words):
     assert verdict(difference) == words
 
 
+def test_every_case_counts_once_however_many_seeds_have_a_score_of_it():
+    """Catches a mean over all scores, in which a case without a score in one seed weighs less than in its interval."""
+    difference = compare({0: np.array([1.0, NAN]), 1: np.array([1.0, 3.0])}, {0: np.zeros(2), 1: np.zeros(2)}, "x")
+    assert difference.mean == pytest.approx(2.0)
+
+
 def test_only_seeds_that_both_arms_have_are_paired():
     arm, reference = {seed: np.full(30, 0.5 + seed) for seed in (0, 1)}, {1: np.full(30, 1.0), 2: np.zeros(30)}
     difference = compare(arm, reference, "x")

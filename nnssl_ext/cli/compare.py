@@ -63,9 +63,13 @@ def parser() -> argparse.ArgumentParser:
     add("--settings", type=Path, metavar="FILE", help="JSON with plans, patches, batches and settings by method")
     add("--splits", type=Path, metavar="FILE", help="JSON of folds with train and val ids (default: splits_final.json)")
     add("--name", help="name of the comparison (default: made from the budget)")
-    add("--list", action="store_true", help="show which runs are finished and which are missing, and leave")
+    add(
+        "--list",
+        action="store_true",
+        help="show which runs are finished and which are missing, and leave (new methods are measured first)",
+    )
     machine = result.add_argument_group("machine")
-    add_machine(machine)
+    add_machine(machine, "one thread")
     machine.add_argument("--precision", default="auto", help="of pretraining: auto, bf16, fp16 or fp32")
     machine.add_argument(
         "-num_workers", type=int, metavar="N", help="processes that read crops (default: 4, on a CPU 0)"

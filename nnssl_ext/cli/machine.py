@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from nnssl_ext.core.executor import Executor
 
 
-def add_machine(group: argparse._ArgumentGroup) -> None:
-    """Adds the options of the machine."""
+def add_machine(group: argparse._ArgumentGroup, threads: str = "all threads") -> None:
+    """Adds the options of the machine; `threads` are those of a CPU that one training at a time has, for the help."""
     add = group.add_argument
     add("-device", "--device", choices=("cpu", "cuda", "mps"), help="where to train (default: cuda where there is one)")
     add(
         "-np",
         type=int,
         metavar="N",
-        help="trainings at a time on a CPU, with one thread each (default: 1, all threads)",
+        help=f"trainings at a time on a CPU, with one thread each (default: 1, {threads})",
     )
     add("-num_gpus", "--num_gpus", type=int, default=1, metavar="N", help="GPUs, one training on each (default: 1)")
     add("--scheduler", metavar="ADDRESS", help="run on a Dask scheduler, such as tcp://host:8786")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnssl_ext.core.random import generator
-from nnssl_ext.evaluation.statistics import Array, bootstrap_interval, undecidable_below
+from nnssl_ext.evaluation.statistics import Array, bootstrap_interval, mean_over_seeds, undecidable_below
 
 HIGHER_IS_BETTER = ("accuracy", "retrieval", "known", "dice", "iou", "hit", "rank", "agreement")
 """In the names of metrics that rise; all others are errors."""
@@ -65,7 +65,7 @@ def compare(arm: Mapping[int, Array], reference: Mapping[int, Array], name: str)
     folds = [0] * differences.shape[1]
     interval = bootstrap_interval(differences, folds, generator("learning", name))
     assert interval is not None, "there are two test cases or more"
-    mean = float(np.nanmean(differences))
+    mean = float(np.nanmean(mean_over_seeds(differences)))
     return Difference(mean, interval.low, interval.high, undecidable_below(differences, folds), len(seeds))
 
 

@@ -67,6 +67,7 @@ def test_the_table_for_documents_has_a_row_per_method(comparison) -> None:
     assert len(table) == 2 + 5
     assert len({line.count("|") for line in table}) == 1
     assert "| MAE | U-Net | 500 | 0.234 | mse 0.512 (chance 0.998) | passed | 0.560 |" in text
+    assert "\n\nWarning: scratch was still rising with 5 training cases.\n\n" in text
     assert text.endswith(f"Made by: `{comparison.command}`\n")
 
 
