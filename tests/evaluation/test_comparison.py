@@ -1,7 +1,7 @@
 """A comparison from its command to its records, with pretraining, probing and fine-tuning replaced by pretences."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from nnssl_ext.evaluation import comparison, comparison_jobs, comparison_plan, c
 from nnssl_ext.evaluation.comparison import compare_methods
 from nnssl_ext.evaluation.comparison_records import load_comparison
 from nnssl_ext.evaluation.comparison_settings import Budget, ComparisonSettings, epochs_of, read_settings
-from nnssl_ext.evaluation.comparison_tasks import Machine
+from nnssl_ext.evaluation.comparison_tasks import Machine, random_key
 from nnssl_ext.evaluation.preparation import EvaluationSettings
 from tests.evaluation import fakes
 
@@ -123,10 +123,27 @@ def settings(budget: str = "50", trainers: tuple[str, ...] = TRAINERS, **values)
     return ComparisonSettings(**made)
 
 
-def test_from_settings_to_records(world: World) -> None:
-    found, evaluation, folder = world.run(settings(sham="probe"))
-    assert folder == world.root / "results" / fakes.DATASET / "evaluation" / "compare-50steps"
-    assert world.counts() == {"measure_step": 2, "plan_arm": 5, "pretrain_method": 8, "probe_method": 10}
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_plan: Callable) -> Iterator[SimpleNamespace]:
+    """One comparison that was run to its end, which tests may look at and start again, and not change."""
+    root = tmp_path_factory.mktemp("finished")
+    protocol = comparison_settings.Protocol(
+        patch_size=(8, 16, 8), batch_size=3, settings=("mask_ratio=0.6", "optim.lr=1e-3")
+    )
+    asked = settings(protocols={**settings().protocols, "MAETrainer": protocol}, sham="probe")
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("raw", "preprocessed", "results"):
+            (root / kind).mkdir()
+            for prefix in ("nnssl", "nnUNet"):
+                patch.setenv(f"{prefix}_{kind}", str(root / kind))
+        world = World(root, tiny_plan, patch)
+        yield SimpleNamespace(world=world, asked=asked, made=world.run(asked), counts=world.counts())
+
+
+def test_from_settings_to_records(finished: SimpleNamespace) -> None:
+    found, evaluation, folder = finished.made
+    assert folder == finished.world.root / "results" / fakes.DATASET / "evaluation" / "compare-50steps"
+    assert finished.counts == {"measure_step": 2, "plan_arm": 5, "pretrain_method": 8, "probe_method": 10}
     assert [arm.label for arm in evaluation.arms] == ["scratch", "MAE", "Spark"]
     assert len(evaluation.runs) == 3 * 2  # arms, seeds
     mae = found.method("MAE")
@@ -151,14 +168,12 @@ def test_every_seed_fine_tunes_the_weights_of_its_own_pretraining(world: World) 
         assert f"-s{seed}__" in report["command"][report["command"].index("-pc") + 1]
 
 
-def test_a_second_start_does_nothing_and_finds_the_same(world: World) -> None:
-    first, _, _ = world.run(settings(sham="probe"))
-    world.counts()
+def test_a_second_start_does_nothing_and_finds_the_same(finished: SimpleNamespace) -> None:
     trained = []
-    second, _, _ = world.run(settings(sham="probe"), train_fold=trained.append)
-    assert world.counts() == {"plan_arm": 5}  # which find their plans
+    second, _, _ = finished.world.run(finished.asked, train_fold=trained.append)
+    assert finished.world.counts() == {"plan_arm": 5}  # which find their plans
     assert trained == []
-    assert replace(second, created="") == replace(first, created="")
+    assert replace(second, created="") == replace(finished.made[0], created="")
 
 
 def test_a_failing_run_stops_no_other_and_the_same_command_goes_on(world: World) -> None:
@@ -183,6 +198,9 @@ def test_a_budget_of_time_is_measured_once(world: World) -> None:
     assert found == [("MAETrainer", 100), ("SparkTrainer", 40)]
     with pytest.raises(ValueError, match="begun with budget 10s, not 20s"):
         world.run(settings("20s", name="compare-10s"))
+    planned = comparison_plan.plan_comparison(settings("10s"), InlineExecutor())
+    with pytest.raises(ValueError, match="begun with precision auto, not fp32"):
+        comparison.fix_steps(planned, InlineExecutor(), Machine(precision="fp32"))
 
 
 def test_what_is_there_serves_other_comparisons_and_other_settings_lie_elsewhere(world: World) -> None:
@@ -193,6 +211,26 @@ def test_what_is_there_serves_other_comparisons_and_other_settings_lie_elsewhere
     changed = comparison_settings.Protocol(settings=("mask_ratio=0.5",))
     world.prepare(settings(protocols={**settings().protocols, "MAETrainer": changed}, name="third"))
     assert world.counts()["pretrain_method"] == 2  # MAE's two seeds
+
+
+def test_other_images_or_another_preparation_are_other_runs(world: World) -> None:
+    """Catches weights, networks from scratch and probes that are taken for those of data that was prepared anew."""
+
+    def names() -> tuple[str, str, str]:
+        planned = comparison_plan.plan_comparison(settings(), InlineExecutor())
+        method = planned.methods[0]
+        task = comparison.pretraining_task(planned, method, 50, 0, CPU)
+        return task.tag, planned.scratch_name(method.network), random_key(method, 0)
+
+    before = names()
+    world.seen.content_hashes = ("1" * 64,)
+    after = names()
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True, True]
+    path = world.root / "preprocessed" / UNLABELLED / "nnsslPlans.json"
+    plans = read_json(path)
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    write_json(path, plans)
+    assert not set(names()) & {*before, *after}
 
 
 def test_leaks_are_refused_before_the_first_step(world: World) -> None:
@@ -208,26 +246,32 @@ def test_leaks_are_refused_before_the_first_step(world: World) -> None:
     [
         ({"folds": (7,)}, "fold 7 is not planned"),
         ({"num_train": (99,)}, "--num_train 99 is not possible"),
+        ({"seeds": (1, 1)}, "seeds must be one or more different values"),
         ({"trainers": ("SimMIMTrainer",)}, "SimMIMTrainer runs on a vit, and its plans have a cnn.*transformer"),
         ({"finetuning": comparison_settings.FinetuningProtocol(settings=("lrr=1",))}, "has no field 'lrr'"),
         ({"pretrain_dataset": 9}, "no dataset 9"),
         ({"probe": GREEDY}, "6 training and 3 validation cases, and a probe learns from 7"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_first_step(world: World, changes: dict, message: str) -> None:
+def test_what_cannot_work_is_refused_before_the_first_step(
+    finished: SimpleNamespace, changes: dict, message: str
+) -> None:
+    finished.world.calls.clear()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        world.run(settings(**changes))
-    assert world.calls == []
+        finished.world.run(settings(**changes))
+    assert finished.world.calls == []
 
 
-def test_the_recorded_commands_do_the_same(world: World) -> None:
+def test_the_recorded_commands_do_the_same(finished: SimpleNamespace) -> None:
     """Parsed by their own parsers, they come to the very run; fails where a setting is missing in the command."""
-    protocol = comparison_settings.Protocol(
-        patch_size=(8, 16, 8), batch_size=3, settings=("mask_ratio=0.6", "optim.lr=1e-3")
-    )
-    found, _, _ = world.run(settings(protocols={"MAETrainer": protocol}, trainers=("MAETrainer",), sham="finetune"))
+    found, _, _ = finished.made
+    asked = finished.world.prepare(replace(finished.asked, sham="finetune", seeds=(0,)))
+    arms = dict(zip(asked.labels, asked.plans, strict=True))
     for label, sham in (("MAE", False), ("MAE sham", True)):
-        pretraining, finetuning = (line.split() for line in found.method(label).commands)
+        pretraining = found.method(label).commands[0].split()
+        report = read_json(finished.world.labelled / f"{arms[label].format(seed=0)}_report.json")
+        finetuning = report["command"]
+        assert found.method(label).commands[1:] == (() if sham else (" ".join(finetuning),))
         args = train.parser().parse_args(pretraining[1:])
         spec = train._spec(args)
         assert spec.folder.parent.name.startswith(f"MAETrainer{'-sham' if sham else ''}-")
@@ -239,7 +283,7 @@ def test_the_recorded_commands_do_the_same(world: World) -> None:
         assert planned.patch_size == [16, 16, 8]  # that of the plans, for all arms
 
 
-def test_a_worker_builds_the_run_of_its_command(world: World) -> None:
+def test_a_worker_builds_the_run_of_its_command(finished: SimpleNamespace) -> None:
     planned = comparison_plan.plan_comparison(settings(), InlineExecutor())
     task = comparison.pretraining_task(planned, planned.methods[0], 50, 1, CPU)
     spec = train._spec(train.parser().parse_args(task.command[1:]))
@@ -304,6 +348,7 @@ def test_patterns_of_a_settings_file_apply_in_order(tmp_path: Path) -> None:
         ({"pretraining": {"Nothing*": {}}}, "no method matches 'Nothing\\*'"),
         ({"pretraining": {"*": {"batch": 3}}}, "Protocol has no field 'batch'"),
         ({"pretraining": {"*": {"settings": "optim.lr=1"}}}, "settings"),
+        ({"pretraining": {"*": {"steps": 0}}}, "steps=0 must be 1 or more"),
         ({"probe": {"num_test": 1}}, "a probe needs 2 test cases"),
     ],
 )
@@ -318,24 +363,15 @@ def test_the_whole_command(world: World, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(command, "_executor", lambda *_: InlineExecutor())
     monkeypatch.setattr("nnssl_ext.evaluation.comparison.evaluate", _with(fakes.pretend_to_train))
     drawn = []
-    monkeypatch.setattr("nnssl_ext.reports.page.write_report", lambda evaluation, folder: drawn.append(folder))
-    words = [
-        "-d",
-        "4",
-        "-tr",
-        *TRAINERS,
-        "--budget",
-        "20",
-        "--num_train",
-        "3",
-        "--seeds",
-        "0",
-        "-f",
-        "0",
-        "-device",
-        "cpu",
-    ]
-    words += ["--settings", str(world.root / "s.json")]
+
+    def draw(*arguments):
+        drawn.append(arguments[-1])
+        return arguments[-1] / "page"
+
+    monkeypatch.setattr("nnssl_ext.reports.page.write_report", draw)
+    monkeypatch.setattr("nnssl_ext.reports.comparison.write_comparison", draw)
+    line = f"-d 4 -tr {' '.join(TRAINERS)} --budget 20 --num_train 3 --seeds 0 -f 0 -device cpu"
+    words = [*line.split(), "--settings", str(world.root / "s.json")]
     command.main([*words, "--list"])
     listed = capsys.readouterr().out.splitlines()
     assert listed[0].startswith("missing  MAE-")
@@ -343,9 +379,8 @@ def test_the_whole_command(world: World, monkeypatch: pytest.MonkeyPatch, capsys
     command.main(words)
     output = capsys.readouterr().out
     folder = world.root / "results" / fakes.DATASET / "evaluation" / "compare-20steps"
-    assert output.endswith(f"report: {folder / 'comparison.html'}\n")
-    assert (folder / "comparison.md").is_file()
-    assert drawn == [folder]
+    assert output.endswith(f"report: {folder / 'page'}\n")
+    assert drawn == [folder, folder]
     assert load_comparison(folder).command.startswith("nnssl_compare -d 4 -tr MAETrainer SparkTrainer --budget 20")
 
 
