@@ -7,7 +7,7 @@ Everything is counted in the image's own voxels, along its own axes (z, y, x): w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,14 +41,15 @@ class Grid:
         """Spacing and placement of a volume with a voxel at each position.
 
         Args:
-            image: Geometry of the image that the grid lies on.
+            image: Geometry of the image that the grid lies on; without a placement it lies unrotated at zero.
         """
         z, y, x = (edge * step for edge, step in zip(image.spacing, self.step, strict=True))
-        moved = replace(image, spacing=(z, y, x))
-        if not image.origin:
-            return moved
         origin = index_to_scanner(image) @ np.array([*self.first, 1.0])
-        return replace(moved, origin=tuple(float(value) for value in origin[: len(image.origin)]))
+        return Geometry(
+            spacing=(z, y, x),
+            origin=tuple(float(value) for value in origin[: len(image.origin) or 3]),
+            direction=image.direction or tuple(np.eye(3).ravel().tolist()),
+        )
 
 
 def image_grid(shape: Sequence[int]) -> Grid:

@@ -23,6 +23,8 @@ OBLIQUE = Geometry(
     direction=(0.8, 0.0, 0.6, 0.36, 0.8, -0.48, -0.48, 0.6, 0.64),
 )
 
+FLAT = Geometry(spacing=(1998.0, 2.0, 0.5), origin=(3.0, -4.0), direction=(0.6, -0.8, 0.8, 0.6))
+
 
 def test_the_matrix_is_that_of_simpleitk():
     import SimpleITK as sitk
@@ -48,6 +50,14 @@ def test_a_cell_lies_in_the_middle_of_its_voxels():
     assert cells == Grid((3, 5, 2), (2.5, 3.5, 1.5), (2.0, 2.0, 4.0))
     middle = index_to_scanner(cells.geometry(OBLIQUE)) @ [1, 2, 1, 1]
     assert np.allclose(middle, index_to_scanner(OBLIQUE) @ [4.5, 7.5, 5.5, 1])
+
+
+@pytest.mark.parametrize("image", [OBLIQUE, Geometry(spacing=(999.0, 1.0, 2.0)), FLAT], ids=["3d", "bare", "2d"])
+def test_a_volume_of_cells_lies_where_the_cells_do(image):
+    """Also on a picture whose format has no placement: fails where its crop and half a cell are then forgotten."""
+    cells = Grid((1, 4, 3), (0.0, 1.5, 7.5), (1.0, 4.0, 4.0))
+    found = index_to_scanner(cells.geometry(image)) @ [0, 2, 1, 1]
+    assert np.allclose(found, index_to_scanner(image) @ [0, 9.5, 11.5, 1])
 
 
 @pytest.mark.parametrize("shape", [(12, 8, 9), (1, 8, 9)])

@@ -5,11 +5,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnssl_ext.imageio import Geometry, write_image
+from nnssl_ext.imageio import write_image
 from nnssl_ext.imageio.layers import write_field, write_rgb, write_stack
-from tests.downstream.test_grids import OBLIQUE
-
-FLAT = Geometry(spacing=(1998.0, 2.0, 0.5), origin=(3.0, -4.0), direction=(0.6, -0.8, 0.8, 0.6))
+from tests.downstream.test_grids import FLAT, OBLIQUE
 
 
 def test_colours_lie_on_the_image(tmp_path):
