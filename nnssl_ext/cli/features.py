@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ Of each image NAME it writes, into the folder of -o:
   NAME_features.npz       dense features in float16, where they lie, and which cells hold no padding
   NAME_pca.nii.gz         three principal components as red, green and blue, on the image's own voxels
   NAME_attention.nii.gz   of a transformer: what its last block attends to, mean and each head; 1 is the even share
-  NAME.png                image, components and attention in three planes
+  NAME_planes.png         image, components and attention in three planes
 """
 
 
@@ -131,7 +132,7 @@ def _write(
     coloured = []
     for group in groups:
         pca = fit_pca(group, 3, args.foreground)
-        limits = colour_range([project(pca, features) for features in group], group, args.foreground)
+        limits = colour_range((project(pca, features) for features in group), group, args.foreground)
         coloured += [(features, pca, limits) for features in group]
         shares = ", ".join(f"{share:.0%}" for share in (pca.variances / pca.total_variance).tolist())
         print(f"red, green and blue are {shares} of the variance of {len(pca.mean)} channels")
@@ -145,7 +146,7 @@ def _write(
         write_rgb(rgb, features.place.geometry, Path(f"{stem}_pca.nii.gz"))
         if attended is not None:
             save_stack(attended, Path(f"{stem}_attention.nii.gz"), on_image=True)
-        _draw(image, rgb, attended, features, Path(f"{stem}.png"))
+        _draw(image, rgb, attended, features, Path(f"{stem}_planes.png"))
         print(f"{stem}: {'x'.join(map(str, features.grid.size))} cells of {len(features.values)} features")
 
 
@@ -159,7 +160,7 @@ def _draw(
     voxels, geometry = read_image(image)
     rows = [Row("image", grey=voxels[0]), Row("components", grey=voxels[0], colours=rgb)]
     if attended is not None:
-        heads = stretched(attended).astype("float32")
-        rows += [Row("attention, mean", heat=heads[0])]
-        rows += [Row(f"head {number}", heat=head) for number, head in enumerate(heads[1:], start=1)][:MOST_HEADS]
+        mean, *heads = stretched(replace(attended, values=attended.values[: 1 + MOST_HEADS])).astype("float32")
+        rows += [Row("attention, mean", heat=mean)]
+        rows += [Row(f"head {number}", heat=head) for number, head in enumerate(heads, start=1)]
     draw_planes(rows, geometry, path)

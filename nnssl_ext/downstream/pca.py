@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 
 from nnssl_ext.downstream.features import FeatureMap
 
+COLOUR_CELLS = 1 << 18
+"""Cells of an image, spread evenly over those that count, whose percentiles are taken; bounds the memory."""
 COLOUR_PERCENTILES = (1.0, 99.0)
 """Of each component over all cells that count: they become no and full red, green or blue."""
 
@@ -86,10 +88,11 @@ def project(pca: PCA, features: FeatureMap) -> torch.Tensor:
 
 
 def colour_range(
-    projected: Sequence[torch.Tensor], maps: Sequence[FeatureMap], foreground: bool = False
+    projected: Iterable[torch.Tensor], maps: Sequence[FeatureMap], foreground: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The values of each component that get no and full colour, (k,) each, over the cells that count of all images."""
-    values = torch.cat([p[:, counted(m, foreground)] for p, m in zip(projected, maps, strict=True)], 1).numpy()
+    parts = (p[:, counted(m, foreground)] for p, m in zip(projected, maps, strict=True))
+    values = torch.cat([part[:, :: part.shape[1] // COLOUR_CELLS + 1] for part in parts], 1).numpy()
     low, high = np.percentile(values, COLOUR_PERCENTILES, axis=1)
     return torch.from_numpy(low).float(), torch.from_numpy(high).float()
 

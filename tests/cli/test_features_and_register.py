@@ -46,10 +46,10 @@ def test_features_of_two_images(request, scans, kind, capsys):
     out = scans / "seen"
     a, b = scans / "a.nii.gz", scans / "b_0000.nii.gz"
     assert run(features, path, a, b, "-o", out, "--foreground", "--features", "nifti") == 0
-    wanted = {f"{name}{end}" for name in "ab" for end in ("_features.nii.gz", "_pca.nii.gz", ".png")}
+    wanted = {f"{name}{end}" for name in "ab" for end in ("_features.nii.gz", "_pca.nii.gz", "_planes.png")}
     wanted |= {f"{name}_attention.nii.gz" for name in "ab"} if "vit" in kind else set()
     assert {file.name for file in out.iterdir()} == wanted
-    assert (out / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "a_planes.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("red, green and blue") == 1
     for name in ("pca", *(["attention"] if "vit" in kind else [])):
         import SimpleITK as sitk
