@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nnssl_ext.cli.common import command
 
 if TYPE_CHECKING:
-    from nnssl_ext.downstream.registration import Describe, Image, Registered
+    from nnssl_ext.downstream.registration import Describe, Image, Labels, Registered
 
 EPILOG = """\
 examples:
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.fixed_labels and not args.moving_labels:
         raise ValueError("--fixed_labels needs --moving_labels to compare them with")
+    if args.level is not None and not args.checkpoint:
+        raise ValueError("--level chooses a network's feature map: it needs --checkpoint")
     if args.spacing is not None and not args.spacing > 0:
         raise ValueError(f"--spacing {args.spacing} must be above 0, in mm")
     from nnssl_ext.core.logs import configure_logging
@@ -68,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     configure_logging()
     moving, fixed = (read([Path(name) for name in image.split(",")]) for image in (args.moving, args.fixed))
+    labels = _labels(args.moving_labels, moving), _labels(args.fixed_labels, fixed)
     describe, spacing = _features(args, fixed)
     settings: dict[str, Any] = {} if args.regularization is None else {"regularization": args.regularization}
     found = register(moving, fixed, describe, args.spacing or spacing, args.start, ConvexConfig(**settings))
-    _write(args, moving, fixed, found)
+    _write(args.o, moving, fixed, found, labels)
     print(f"voxels folded: {found.deformation.folding:.2%}")
     print(f"SD of log Jacobian: {found.deformation.sd_log_jacobian:.3f}")
     print(f"time: {found.seconds:.1f} s")
@@ -93,14 +96,23 @@ def _features(args: argparse.Namespace, fixed: Image) -> tuple[Describe | None, 
     return network_features(frozen, args.level), mean_spacing(frozen.configuration.spacing)
 
 
-def _write(args: argparse.Namespace, moving: Image, fixed: Image, found: Registered) -> None:
+def _labels(file: Path | None, image: Image) -> Labels | None:
+    """The label map of an image, if there is one; read before anything is computed."""
+    from nnssl_ext.imageio import read_segmentation_of
+
+    return None if file is None else read_segmentation_of(file, image.voxels.shape[1:], image.geometry)
+
+
+def _write(
+    folder: Path, moving: Image, fixed: Image, found: Registered, labels: tuple[Labels | None, Labels | None]
+) -> None:
     import numpy as np
 
     from nnssl_ext.downstream.fields import sample_moving
     from nnssl_ext.imageio import write_image
     from nnssl_ext.imageio.layers import write_field
 
-    stem = f"{args.o / _name(moving)}_to_{_name(fixed)}"
+    stem = f"{folder / _name(moving)}_to_{_name(fixed)}"
     write_field(found.field, fixed.geometry, Path(f"{stem}_field.nii.gz"))
     values, seen = sample_moving(moving.voxels, moving.geometry, found.field, fixed.geometry)
     warped = np.where(seen, values, 0).astype(np.float32)
@@ -108,8 +120,8 @@ def _write(args: argparse.Namespace, moving: Image, fixed: Image, found: Registe
         suffix = f"_{number:04d}" if len(warped) > 1 else ""
         write_image(channel, fixed.geometry, Path(f"{stem}{suffix}.nii.gz"))
     _draw(moving, fixed, found, warped, Path(f"{stem}.png"))
-    if args.moving_labels:
-        _labels(args, moving, fixed, found, Path(f"{stem}_labels.nii.gz"))
+    if labels[0] is not None:
+        _move_labels(labels[0], labels[1], moving, fixed, found, Path(f"{stem}_labels.nii.gz"))
     print(f"{stem}_field.nii.gz")
 
 
@@ -119,20 +131,19 @@ def _name(image: Image) -> str:
     return image.name.removesuffix(file_ending_of(Path(image.name))).removesuffix("_0000")
 
 
-def _labels(args: argparse.Namespace, moving: Image, fixed: Image, found: Registered, path: Path) -> None:
+def _move_labels(
+    labels: Labels, target: Labels | None, moving: Image, fixed: Image, found: Registered, path: Path
+) -> None:
     """Writes the moved labels, and prints their overlap with the fixed ones before and after."""
     import numpy as np
 
     from nnssl_ext.downstream.registration import moved_labels, overlaps
-    from nnssl_ext.imageio import read_segmentation_of, write_segmentation
+    from nnssl_ext.imageio import write_segmentation
 
-    shape = fixed.voxels.shape[1:]
-    labels = read_segmentation_of(args.moving_labels, moving.voxels.shape[1:], moving.geometry)
     fields = np.zeros_like(found.field), found.start, found.field
     before, started, after = (moved_labels(labels, moving.geometry, field, fixed.geometry) for field in fields)
     write_segmentation(after, fixed.geometry, path)
-    if args.fixed_labels:
-        target = read_segmentation_of(args.fixed_labels, shape, fixed.geometry)
+    if target is not None:
         columns = [overlaps(moved, target) for moved in (before, started, after)]
         print("label    Dice before   at the start   after")
         for label in sorted({label for column in columns for label in column}):

@@ -109,8 +109,11 @@ def test_mistakes_of_register_are_one_line(scans, capsys):
     for arguments, text in (
         (("--mind", "--spacing", 0), "--spacing 0.0 must be above 0"),
         (("--mind", "--fixed_labels", image), "--fixed_labels needs --moving_labels"),
+        (("--mind", "--level", 1), "--level chooses a network's feature map: it needs --checkpoint"),
+        (("--mind", "--moving_labels", scans / "b_0000_seg.nii.gz"), "do not lie in the same place"),
         (("--none", "--start", "there"), "start 'there' is not known"),
         (("--mind", "--regularization", -1), "regularization=-1.0"),
     ):
         assert run(register, image, image, *arguments, "-o", scans / "out") == 2
         assert text in capsys.readouterr().err
+    assert not (scans / "out").exists()  # also the labels are looked at before an image is registered
