@@ -77,12 +77,15 @@ def deformation(field: Field, geometry: Geometry) -> Deformation:
 
 def jacobian_determinants(field: Field, geometry: Geometry) -> npt.NDArray[np.float64]:
     """How many times its volume each voxel takes in the moving image; below 0 where it is turned inside out."""
-    voxels = places_moved(field, geometry)
-    jacobian = np.zeros((*field.shape[:3], 3, 3)) + np.eye(3)
-    for axis in (axis for axis in range(3) if field.shape[axis] > 1):
-        for component in range(3):
-            jacobian[..., component, axis] = np.gradient(voxels[component], axis=axis)
-    return np.linalg.det(jacobian)
+    result = np.empty(field.shape[:3])
+    for rows, _ in by_rows(image_grid(field.shape[:3])):
+        low = max(rows.start - 1, 0)  # central differences look at the slices before and after
+        voxels = places_moved(field[low : rows.stop + 1], geometry)
+        jacobian = np.zeros((*voxels.shape[1:], 3, 3)) + np.eye(3)
+        for axis in (axis for axis in range(3) if field.shape[axis] > 1):
+            jacobian[..., axis] = np.moveaxis(np.gradient(voxels, axis=axis + 1), 0, -1)
+        result[rows] = np.linalg.det(jacobian)[rows.start - low :][: rows.stop - rows.start]
+    return result
 
 
 def places_moved(field: Field, geometry: Geometry) -> npt.NDArray[np.float64]:

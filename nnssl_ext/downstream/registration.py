@@ -113,7 +113,7 @@ def register(
         grid = cubes(shape, fixed.geometry, spacing)
         first, second, weight = describe(pair, grid)
         first, second = _scaled(first, second, weight)
-        found = match(first, second, weight.float(), config or ConvexConfig())
+        found = match(first, second, weight, config or ConvexConfig())
         total = at_start + to_scanner_vectors(_on_image(found, grid, shape), fixed.geometry)
     return Registered(at_start, total, deformation(total, fixed.geometry), time.monotonic() - began)
 
@@ -140,7 +140,7 @@ def _pair(moving: Image, fixed: Image, field: Field, start: Start) -> Pair:
     if seen.mean() < LEAST_OVERLAP:
         raise ValueError(
             f"{moving.name} covers {seen.mean():.0%} of {fixed.name} (start: {start}), too little to register. "
-            "Use --start centre or --start mass"
+            f"Use --start {' or '.join(other for other in STARTS[1:] if other != start)}, or crop the fixed image"
         )
     return Pair(fixed, Image(moving.name, voxels.astype(np.float32), fixed.geometry), seen)
 
