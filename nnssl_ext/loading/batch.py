@@ -31,7 +31,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device, its voxels in float32; from page-locked memory a GPU copies by itself."""
-        here = self.data.device.type == "cpu"  # on its way back, a copy that nobody waits for would be read too early
+        # elsewhere such a copy may be read before it is made, or its source written to before it is read
+        alone = self.data.device.type == "cpu" and torch.device(device).type == "cuda"
         parts = (self.data, self.valid, self.lower, self.spacing)
-        data, valid, lower, spacing = (part.to(device, non_blocking=here) for part in parts)
+        data, valid, lower, spacing = (part.to(device, non_blocking=alone) for part in parts)
         return replace(self, data=data.float(), valid=valid, lower=lower, spacing=spacing)

@@ -124,19 +124,21 @@ def test_a_loader_for_a_device(make_store, monkeypatch: pytest.MonkeyPatch, num_
         assert host.events.index("unlock") > max(i for i, event in enumerate(host.events) if event == "wait")
 
 
-def test_nobody_waits_for_a_copy_to_a_device_but_for_one_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_a_copy_to_a_gpu_but_for_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted faults: not waiting for copies from a GPU; nor for those to devices that buffers are not kept for."""
     asked = []
     plain = torch.Tensor.to
 
     def to(tensor: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
         asked.append(options["non_blocking"])
-        return plain(tensor, *arguments, **options)
+        return plain(tensor, "meta")
 
     monkeypatch.setattr(torch.Tensor, "to", to)
     data, row = torch.zeros(1, 1, 4, 4), torch.zeros(1, 2)
     batch = Batch(data=data, valid=data.bool(), cases=("a",), samples=(0,), lower=row.long(), spacing=row)
-    batch.to("meta").to("meta")
-    assert asked == [True] * 4 + [False] * 4
+    batch.to("cuda:1").to("cpu")
+    batch.to("mps")
+    assert asked == [True] * 4 + [False] * 8
 
 
 def test_a_cpu_needs_nothing_and_a_refusal_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
