@@ -218,15 +218,21 @@ _FOREIGN = "it is none, or holds Python objects beside tensors and builtins, whi
 """Torch's own words tell the reader to load such a file without that protection."""
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return _FOREIGN
+    return (error.strerror if isinstance(error, OSError) else None) or "it is damaged or cut short"
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}. Make one with: nnssl_train DATASET CONFIG -tr TRAINER")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        reason = _FOREIGN if isinstance(error, pickle.UnpicklingError) else "it is damaged or cut short"
         raise ValueError(
-            f"{path} cannot be read as a checkpoint: {reason}. Use another checkpoint_*.pth beside it, or a fresh copy"
+            f"{path} cannot be read as a checkpoint: {_reason(error)}. Use another checkpoint_*.pth "
+            "beside it, or a fresh copy"
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds no network_weights: it is not a pretraining checkpoint")

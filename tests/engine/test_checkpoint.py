@@ -1,6 +1,8 @@
 """Checkpoints: what upstream and nnU-Net read, size on disk, damage, and that nothing private is inside."""
 
 import collections
+import errno
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -255,6 +257,17 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
             load_checkpoint(path)
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match="holds no network_weights"):
+        load_checkpoint(path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    path = tmp_path / "checkpoint_final.pth"
+    path.touch()
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(ValueError, match=r"cannot be read as a checkpoint: Permission denied\."):
         load_checkpoint(path)
 
 
