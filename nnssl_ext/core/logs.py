@@ -61,9 +61,9 @@ class Speed:
 
 
 def track(iterable: Iterable[T], total: int, description: str, speed: Speed | None = None) -> Iterator[T]:
-    """Passes items through and shows how far they are and how long the rest takes.
+    """Passes items through and shows how far they are.
 
-    On a terminal's stderr that is a bar, elsewhere a line in the log, every `LOG_SECONDS`.
+    On a terminal's stderr that is a bar with the remaining time, elsewhere a line in the log, every `LOG_SECONDS`.
 
     Args:
         iterable: The items.
