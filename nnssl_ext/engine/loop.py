@@ -119,7 +119,7 @@ def _judged(loss: float, best: float, validation: Validation) -> tuple[float, bo
 
     Losses against a teacher's targets say nothing of each other, since the targets move: none of them is the best.
     """
-    return min(loss, best), loss < best and "targets" not in validation.queue
+    return min(best, loss), loss < best and "targets" not in validation.queue
 
 
 class _Run:
@@ -252,7 +252,8 @@ class _Run:
         last = progress.epoch == self.trainer.num_epochs
         verdict = "" if last else self.guard.verdict(validation, progress.step)
         if tracker is not None:
-            tracker.epoch(metrics, {"epoch": epoch, **self.speed, **self._times(loader)})
+            timing = {"epoch": epoch, **self.speed, **self._times(loader)}
+            tracker.epoch({**metrics, **({} if verdict else self._probed(last))}, timing)
             if validation.images is not None and (
                 epoch == 0 or last or progress.epoch % self.settings.picture_every == 0
             ):
@@ -260,8 +261,12 @@ class _Run:
         self._save_epoch(improved, last, stopped=bool(verdict))
         if verdict:
             raise ValueError(verdict)
-        if tracker is not None and self.probe is not None and (last or progress.epoch % self.settings.probe_every == 0):
-            tracker.probe(epoch, self.probe(self.stepper.task.exported_encoder.eval()))
+
+    def _probed(self, last: bool) -> Mapping[str, float]:
+        """The numbers of a probe, where one is due: before the checkpoint, so that a killed run makes it again."""
+        if self.probe is None or not (last or self.progress.epoch % self.settings.probe_every == 0):
+            return {}
+        return self.probe(self.stepper.task.exported_encoder.eval())
 
     def _save_epoch(self, improved: bool, last: bool, stopped: bool) -> None:
         if improved and self.world.main:

@@ -110,15 +110,6 @@ class Tracker:
         else:
             self._undrawn = True
 
-    def probe(self, epoch: int, numbers: Mapping[str, float]) -> None:
-        """Writes the numbers of a probe after a finished epoch to `probes.jsonl`, which this call begins."""
-        JsonLines(self.folder / "probes.jsonl", epoch).append({"epoch": epoch, **numbers})
-        for name, value in numbers.items():
-            if self._writer is not None:
-                self._writer.add_scalar(name, value, epoch)
-        words = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in numbers.items())
-        logger.info("epoch %d/%d  %s", epoch + 1, self.num_epochs, words)
-
     def rewind(self, num_epochs: int) -> None:
         """Drops the records from that epoch on: the run has gone back and will make them again."""
         self.metrics = JsonLines(self.metrics.path, num_epochs)
@@ -176,7 +167,7 @@ def epoch_line(metrics: Mapping[str, Any], timing: Mapping[str, Any], num_epochs
     parts.append(f"lr {metrics['lr']:.2e}")
     parts += [
         f"{name.replace('_', ' ')} {metrics[name]:.2f}"
-        for name in ("effective_rank", "token_spread", "same_case_retrieval")
+        for name in ("effective_rank", "token_spread", "same_case_retrieval", "probe_dice", "probe_knn_dice")
         if metrics.get(name) is not None
     ]
     parts.append(f"{timing['steps_per_second']:.2f} steps/s")

@@ -27,6 +27,7 @@ MONITORS = {
     "effective_rank": "effective rank",
     "token_spread": "token spread",
     "same_case_retrieval": "same-case retrieval",
+    "probe_dice": "Dice of a linear probe",
 }
 _CHANCE = "_chance"
 
@@ -73,7 +74,8 @@ def _draw(records: Sequence[Mapping[str, Any]]) -> Picture:
         axes[0].set_title("loss")
         axes[0].legend()
         for panel, (key, label) in zip(axes[1:], monitors.items(), strict=True):
-            panel.plot(*_series(records, key), color=ARM_COLOURS[0])
+            epochs, values = _series(records, key)
+            panel.plot(epochs, values, color=ARM_COLOURS[0], marker="." if len(epochs) < len(records) else "")
             panel.plot(*_series(records, key + _CHANCE), color=MUTED, ls=(0, (4, 3)), lw=1)
             panel.set_title(label)
         for panel in axes:

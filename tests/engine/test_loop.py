@@ -1,6 +1,7 @@
 """The loop as a whole, in this process: what a run leaves, what it refuses, how it stops and goes on."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -11,8 +12,8 @@ import torch
 
 from nnssl_ext.core.records import read_json
 from nnssl_ext.engine.checkpoint import RELEASED_KEYS, load_checkpoint
-from nnssl_ext.engine.loop import Outcome, pretrain
-from nnssl_ext.engine.steps import Stepper
+from nnssl_ext.engine.loop import Outcome, _judged, pretrain
+from nnssl_ext.engine.steps import Stepper, Validation
 from nnssl_ext.preprocessing.index import Index, read_index, write_index
 from tests.engine.conftest import RECIPE, write_store
 
@@ -222,6 +223,13 @@ def test_a_compiled_run_is_taken_up_by_a_plain_one_and_the_other_way_round(make_
             assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
             assert row["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
     assert len(compiled) == 2
+
+
+def test_a_loss_that_is_no_number_does_not_end_the_search_for_the_best() -> None:
+    """Planted fault: a best loss of nan, below which no later one lies."""
+    validation = Validation({}, None, {})
+    assert _judged(math.nan, 2.0, validation) == (2.0, False)
+    assert _judged(1.0, 2.0, validation) == (1.0, True)
 
 
 def test_a_finished_run_is_refused_and_with_resume_left_alone(make_spec):
