@@ -3,7 +3,7 @@
 #
 #   examples/run_all.sh path/to/Task04_Hippocampus path/to/workspace
 #
-# The settings are those of a CPU: a network of width 8, AdamW, a thousand steps. On a GPU leave out -pl, -batch_size,
+# The settings are those of a CPU: a network of width 8, AdamW, 1500 steps. On a GPU leave out -pl, -batch_size,
 # -patch_size, --precision, --set, -num_epochs and -steps_per_epoch: the planner and the published recipes then decide.
 # Every command can be stopped and started again.
 set -euo pipefail
@@ -24,7 +24,7 @@ nnssl_train 1 3d_fullres -tr MAETrainer -tag example --c -device cpu --precision
 run=$nnssl_results/Dataset001_HippocampusUnlabelled/MAETrainer-example__nnsslPlans__3d_fullres/fold_all
 
 # the two arms: the same plans and the same schedule, with and without the pretrained weights
-recipe=(num_epochs=20 iterations_per_epoch=50 val_iterations_per_epoch=4)
+recipe=(num_epochs=30 iterations_per_epoch=50 val_iterations_per_epoch=4)
 recipe+=(schedule=poly optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16)
 nnssl_plan_finetuning -d 4 -pc "$run/checkpoint_final.pth" -n mae -transfer encoder_decoder -patch_size 32 40 32 \
     --set "${recipe[@]}"
