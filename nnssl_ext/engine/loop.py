@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from nnssl_ext.core.lock import sole_writer
 from nnssl_ext.core.random import seed_of
 from nnssl_ext.core.records import write_json
 from nnssl_ext.engine.checkpoint import build_checkpoint, load_resume, save_checkpoint
@@ -89,7 +90,8 @@ def pretrain(spec: RunSpec) -> Outcome:
         How it ended.
 
     Raises:
-        ValueError: What `prepare` refuses, a step that runs out of memory, or training that diverged.
+        ValueError: What `prepare` refuses, another process that trains in this folder, a step that runs out of memory,
+            or training that diverged.
         FileNotFoundError: Where the data is not preprocessed.
     """
     world = current_world()
@@ -99,6 +101,8 @@ def pretrain(spec: RunSpec) -> Outcome:
         return Outcome.FINISHED
     device = prepared.device
     with ExitStack() as stack:
+        if world.main:
+            stack.enter_context(sole_writer(spec.folder))
         stack.enter_context(kernels(spec.settings.deterministic, device))
         stack.enter_context(process_group(world, device))
         stop = stack.enter_context(StopRequest())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.core.executor import Executor
+from nnssl_ext.core.lock import sole_writer
 from nnssl_ext.core.logs import Speed, track
 from nnssl_ext.core.paths import find_dataset, find_dataset_name, preprocessed_root, raw_root
 from nnssl_ext.dataset.integrity import content_hash
@@ -35,7 +36,6 @@ from nnssl_ext.preprocessing.index import (
     write_index,
 )
 from nnssl_ext.preprocessing.layout import StorageType
-from nnssl_ext.preprocessing.lock import sole_writer
 from nnssl_ext.preprocessing.normalize import CT_SCHEME, check_normalization
 from nnssl_ext.preprocessing.resample import check_resampling
 from nnssl_ext.preprocessing.resample_torch import check_device
@@ -175,7 +175,6 @@ def preprocess_dataset(
     """
     check_normalization(configuration.normalization_schemes, plan.foreground_intensity_properties)
     check_resampling(configuration.resampling_fn_data, configuration.resampling_fn_data_kwargs)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = storage_settings(plan, configuration, dtype)
     failed = dict(excluded or {})
     cases = [case for case in manifest.cases if case.case_id not in failed]

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from nnssl_ext.core.lock import sole_writer
 from nnssl_ext.core.records import read_json
 from nnssl_ext.engine.checkpoint import RELEASED_KEYS, load_checkpoint
 from nnssl_ext.engine.loop import Outcome, _judged, pretrain
@@ -249,6 +250,13 @@ def test_an_unfinished_run_is_not_overwritten(make_spec, monkeypatch):
         pretrain(spec)
     with pytest.raises(ValueError, match="unfinished run"):
         pretrain(spec)
+
+
+def test_two_processes_do_not_train_in_one_folder(make_spec):
+    spec = make_spec()
+    with sole_writer(spec.folder), pytest.raises(ValueError, match="another run is writing"):
+        pretrain(spec)
+    assert not (spec.folder / "metrics.jsonl").exists()
 
 
 def test_resuming_with_other_settings_names_them(make_spec, monkeypatch):

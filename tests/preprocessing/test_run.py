@@ -21,13 +21,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from skimage.io import imsave
 
 from nnssl_ext.core.executor import make_executor
+from nnssl_ext.core.lock import sole_writer
 from nnssl_ext.dataset.integrity import Problem
 from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
 from nnssl_ext.fingerprint.extract import extract_fingerprint
 from nnssl_ext.fingerprint.record import Fingerprint
 from nnssl_ext.planners.plan import Plan
 from nnssl_ext.preprocessing.index import JOURNAL_FILE, read_index
-from nnssl_ext.preprocessing.lock import sole_writer
 from nnssl_ext.preprocessing.run import preprocess_configurations, preprocess_dataset
 from nnssl_ext.preprocessing.store import Store
 
@@ -208,7 +208,7 @@ from nnssl_ext.core.executor import make_executor
 from nnssl_ext.dataset.integrity import Problem
 from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
 from nnssl_ext.planners.plan import Plan
-from nnssl_ext.preprocessing.lock import sole_writer
+from nnssl_ext.core.lock import sole_writer
 from nnssl_ext.preprocessing.run import preprocess_dataset
 
 plan = Plan.load(Path(sys.argv[2]))

@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from nnssl_ext.preprocessing.errors import full_disk_named
-
-LOCK_FILE = ".nnssl_preprocess.lock"
+LOCK_FILE = ".nnssl.lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that knows no locks, such as Lustre mounted without them."""
 
@@ -27,14 +25,14 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Where the file system has no locks, a warning is logged and the folder is not held.
 
     Args:
-        folder: It must be there; the lock file in it is removed at the end.
+        folder: Made where it is missing; the lock file in it is removed at the end.
 
     Raises:
         ValueError: If another run holds the folder.
     """
     path = folder / LOCK_FILE
-    with full_disk_named(path):
-        file = _locked(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _locked(path)
     try:
         yield
     finally:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from nnssl_ext.preprocessing.lock import LOCK_FILE, sole_writer
+from nnssl_ext.core.lock import LOCK_FILE, sole_writer
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from nnssl_ext.preprocessing.lock import sole_writer
+from nnssl_ext.core.lock import sole_writer
 
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
