@@ -1,7 +1,8 @@
 """How the cost of preprocessing and loading grows with voxels, cases and worker processes.
 
-Each table varies one of them and leaves the others; seconds are those of the clock, so that workers count. A cost in
-proportion shows the same figure in every row of a table, but for that of the workers, where it falls.
+Each table varies one of them and leaves the others; seconds are those of the clock, so that workers count. Where a cost
+is in proportion, the last column shows the same figure in every row, but for those of the workers, where it rises. The
+last table is of an index of made-up cases, from opening it to a loader that knows its first sample.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from common import Table, describe_machine, finish, make_parser, medians
 from nnssl_ext.core.executor import Executor, make_executor
 from nnssl_ext.dataset.manifest import Case
 from nnssl_ext.loading.loader import PatchLoader
+from nnssl_ext.preprocessing.index import Index, IndexEntry, write_index
 from nnssl_ext.preprocessing.store import Store, write_case
 
 MILLION = 1e6
@@ -32,6 +35,20 @@ THIRDS = (2, 3, 4)
 """Edges, in thirds of the middle one."""
 VOLUME, CROP = 1.5, 0.8
 """Edges of the volumes that are loaded from, and of the crops, as multiples of `--edge`."""
+INDEXED = (1_000, 10_000, 100_000)
+INDEX_ENTRY = IndexEntry(
+    case_id="",
+    shape=(1, 192, 224, 192),
+    spacing=(1.0, 1.0, 1.0),
+    subject="subject",
+    dataset="Dataset_001",
+    modalities=("T1w",),
+    checksum="c" * 64,
+    num_bytes=10**7,
+    foreground_fraction=0.4,
+    content_hashes=("h" * 64,),
+    source=("12345678:1700000000000000000",),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,6 +132,30 @@ def loading(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
     return rows
 
 
+def ready(folder: Path) -> float:
+    """Seconds from a store's index to the first sample of its loader, which is not read."""
+    start = time.perf_counter()
+    store = Store.open(folder)
+    loader = PatchLoader(store, list(store.entries), (96,) * 3, BATCH_SIZE, seed=0)
+    loader._request(0)
+    return time.perf_counter() - start
+
+
+def indices(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Rows of the number of cases and the seconds until a loader is ready."""
+    runs = []
+    for number in INDEXED:
+        names = [f"Dataset_{case % 50:03d}__sub-{case:06d}__ses-1__T1w" for case in range(number)]
+        target = folder / f"index_{number}"
+        target.mkdir()
+        write_index(target, Index(settings={}, entries={name: replace(INDEX_ENTRY, case_id=name) for name in names}))
+        runs.append(partial(ready, target))
+    return [
+        {"cases": number, "seconds": seconds}
+        for number, seconds in zip(INDEXED, medians(runs, arguments.repeats), strict=True)
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark and prints its tables."""
     arguments = parser().parse_args(argv)
@@ -127,6 +168,10 @@ def main(argv: list[str] | None = None) -> None:
             for row in figures[what]:
                 *_, number, rate = row.values()
                 table.row(row["varied"], row[row["varied"]], number, rate)
+        figures["index"] = indices(arguments, Path(folder))
+        table = Table({"index": "<10", "cases": ">9", "seconds": ">9.3f"})
+        for row in figures["index"]:
+            table.row("ready", *row.values())
     finish(arguments, machine, figures)
 
 

@@ -37,8 +37,10 @@ ABSOLUTE, RELATIVE = 1e-2, 1e-3
 SPACINGS = ((1.0, 0.9, 0.9), (1.2, 0.8, 0.8), (0.9, 1.1, 1.1), (1.5, 1.0, 0.7))
 LABELS = {"background": 0, "a": 1, "b": 2, "c": 3}
 LABEL_SUFFIX = "_seg"
-LABEL_EDGES = (1, 350, 450)
-"""Intensities where one label ends and the next begins."""
+LABEL_SMOOTH = 12
+"""Standard deviation in voxels of the filter that makes parts of noise."""
+LABEL_EDGES = (1.0, 1.5, 2.0)
+"""Standard deviations where one label ends and the next begins: parts within parts, as of a tumour."""
 KILOBYTE = 1024
 RESET_PEAK = "5"
 """Written to `/proc/self/clear_refs`, this resets the peak of the resident memory."""
@@ -61,6 +63,14 @@ def volume(seed: int, edge: int) -> np.ndarray:
     return np.where(inside, 400 + 120 * image, 0).clip(0, 3000).astype(np.int16)
 
 
+def label_map(seed: int, image: np.ndarray) -> np.ndarray:
+    """Three nested labels in a few large parts of a volume, uint8 (Z, Y, X)."""
+    from scipy.ndimage import gaussian_filter
+
+    field = gaussian_filter(np.random.default_rng((seed, 1)).standard_normal(image.shape, np.float32), LABEL_SMOOTH)
+    return np.where(image > 0, np.digitize(field / field.std(), LABEL_EDGES), 0).astype(np.uint8)
+
+
 def write_dataset(folder: Path, num_volumes: int, edge: int, labels: bool = False) -> Manifest:
     """Writes the volumes, and label maps of three parts if wanted, as compressed NIfTI files in nnU-Net's layout."""
     import SimpleITK as sitk
@@ -72,7 +82,7 @@ def write_dataset(folder: Path, num_volumes: int, edge: int, labels: bool = Fals
         array = volume(number, edge)
         files = {f"imagesTr/case_{number:03d}_0000.nii.gz": array}
         if labels:
-            files[f"labelsTr/case_{number:03d}.nii.gz"] = np.digitize(array, LABEL_EDGES).astype(np.uint8)
+            files[f"labelsTr/case_{number:03d}.nii.gz"] = label_map(number, array)
         for name, content in files.items():
             image = sitk.GetImageFromArray(content)
             image.SetSpacing(SPACINGS[number % len(SPACINGS)][::-1])

@@ -30,6 +30,8 @@ EXTENT = 0.85
 
 Figures = Mapping[str, Any]
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands do: else a thread that waits keeps a core busy
+
 
 def make_parser(description: str | None, repeats: int = 5) -> argparse.ArgumentParser:
     """The options that every benchmark has; its own are added to them."""
