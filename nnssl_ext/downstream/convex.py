@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 
 from nnssl_ext.downstream.mind import box_mean, continued
+from nnssl_ext.models import fields
 
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """How strongly matches and smooth field are drawn together, one round each. Heinrich et al. 2014."""
@@ -178,17 +179,9 @@ def diffusion(field: torch.Tensor) -> torch.Tensor:
 
 def resized(field: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """A field on another number of positions over the same extent, its vectors counted in those."""
-    if tuple(field.shape[1:]) == tuple(shape):
-        return field.clone()
-    factors = [new / old for new, old in zip(shape, field.shape[1:], strict=True)]
-    wide = functional.interpolate(field[None], size=list(shape), mode="trilinear", align_corners=False)[0]
-    return wide * wide.new_tensor(factors).view(3, 1, 1, 1)
+    return fields.resized(field[None], shape)[0]
 
 
 def warp(values: torch.Tensor, field: torch.Tensor) -> torch.Tensor:
     """Values (C, Z, Y, X) at x + field(x), interpolated linearly, the border going on."""
-    axes = [torch.arange(size, device=field.device, dtype=field.dtype) for size in field.shape[1:]]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij")) + field
-    size = places.new_tensor(values.shape[1:]).view(3, 1, 1, 1)
-    grid = ((2 * places + 1) / size - 1).flip(0).movedim(0, -1)
-    return functional.grid_sample(values[None], grid[None], padding_mode="border", align_corners=False)[0]
+    return fields.warp(values[None], field[None])[0]
