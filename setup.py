@@ -24,6 +24,7 @@ COMMANDS = (
     "compare",
     "report",
     "features",
+    "cluster",
     "register",
     "demo",
 )

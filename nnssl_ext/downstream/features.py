@@ -162,8 +162,22 @@ def dense_features(
     level = default_level(frozen) if level is None else level
     if not 0 <= level < len(encoder.strides):
         raise ValueError(f"level {level} is not there: this network has 0 (finest) to {len(encoder.strides) - 1}")
-    stride = (1,) * (3 - frozen.configuration.dims) + encoder.strides[level]
-    extract = _extractor(frozen, level, what)
+    return dense_map(frozen, _extractor(frozen, level, what), volume, encoder.strides[level], scratch)
+
+
+def dense_map(
+    frozen: Frozen, extract: Extract, volume: Volume, stride: Sequence[int], scratch: Path | None = None
+) -> FeatureMap:
+    """A map of a whole image, of whatever is made of each window.
+
+    Args:
+        frozen: Whose patch is the window, on whose device it works.
+        extract: Makes a map of each window.
+        volume: Of `prepare`.
+        stride: Voxels of a cell of the map, an entry per axis of the patch.
+        scratch: A folder for a file that holds the result, as in `dense_features`.
+    """
+    stride = (1,) * (3 - frozen.configuration.dims) + tuple(stride)
     cells = [-(-full // edge) for full, edge in zip(volume.data.shape[1:], stride, strict=True)]
     values: npt.NDArray[np.float16] | None = None
     for start, block in blend(frozen, extract, volume.data, stride):
@@ -171,7 +185,20 @@ def dense_features(
             values = storage((len(block), *cells), scratch)
         values[:, start : start + block.shape[1]] = block.clamp(-LARGEST, LARGEST).half().cpu().numpy()
     assert values is not None, "an image has voxels"
-    place, order = volume.place, frozen.configuration.transpose_backward
+    return feature_map(volume.place, values, stride, frozen.configuration.transpose_backward)
+
+
+def feature_map(
+    place: Place, values: npt.NDArray[np.float16], stride: Sequence[int], order: Sequence[int]
+) -> FeatureMap:
+    """Values of cells, brought to the image's order of axes, with where they lie.
+
+    Args:
+        place: Of the prepared volume.
+        values: (D, Z, Y, X), axes in the plan's order.
+        stride: Voxels (z, y, x) of a cell, in the plan's order.
+        order: The plan's `transpose_backward`.
+    """
     step = [stride[axis] for axis in order]
     return FeatureMap(
         place,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,9 +32,21 @@ def load_frozen(checkpoint: Path) -> Frozen:
         FileNotFoundError: If there is no checkpoint.
         ValueError: If it is damaged, or not of `nnssl_train`, whose checkpoints alone hold their plans.
     """
-    content = load_checkpoint(checkpoint)
+    return frozen_encoder(load_checkpoint(checkpoint), checkpoint)
+
+
+def frozen_encoder(content: Mapping[str, Any], path: Path) -> Frozen:
+    """The encoder of a checkpoint that was read.
+
+    Args:
+        content: Of `load_checkpoint`.
+        path: Where it lies, for messages.
+
+    Raises:
+        ValueError: If it is not of `nnssl_train`.
+    """
     if "nnssl_plans" not in content:
-        raise ValueError(f"{checkpoint} has no nnssl_plans: only checkpoints of nnssl_train say how to prepare images")
+        raise ValueError(f"{path} has no nnssl_plans: only checkpoints of nnssl_train say how to prepare images")
     plan = Plan(content["nnssl_plans"])
     (name,) = plan.configuration_names
     configuration = plan.configuration(name)

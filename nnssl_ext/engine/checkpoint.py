@@ -7,7 +7,8 @@ form, what fine-tuning needs, has these keys:
 - `citations`: what to cite when using it;
 - `nnssl_adaptation_plan`: where the parts lie and how the data was prepared, in upstream's schema;
 - `nnssl_plans`: the plans with the one configuration that was used;
-- `nnssl_pretraining`: trainer, recipe, whether the decoder was trained, number of cases;
+- `nnssl_pretraining`: trainer, recipe without paths, whether the decoder was trained, number of cases, and `predictor`,
+  what a task's own predictions take beside the encoder, where it makes any;
 - `nnssl_content_hashes`: hashes of the images trained on, by which an evaluation notices that it would test on them.
 
 While a run can go on, `resume` holds the rest. No paths and no case names are in it.
@@ -20,6 +21,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +74,29 @@ def build_checkpoint(
         A dict that still shares memory with the task.
     """
     configuration = task.configuration
-    checkpoint = {
+    checkpoint: dict[str, Any] = {
         "network_weights": task.export_network().state_dict(),
         "citations": citations(trainer, task.encoder.kind),
         "nnssl_adaptation_plan": adaptation_plan(plan, configuration, task.encoder),
         "nnssl_plans": {**plan.raw, "configurations": {configuration.name: _own_settings(configuration)}},
         "nnssl_pretraining": {
             "trainer": type(trainer).__name__,
-            "recipe": to_dict(trainer),
+            "recipe": to_dict(_without_paths(trainer)),
             "trains_decoder": task.info.trains_decoder and task.encoder.kind == "cnn",
             "num_cases": task.num_cases,
         },
         "nnssl_content_hashes": sorted(content_hashes),
     }
+    if predictor := dict(task.predictor()):
+        checkpoint["nnssl_pretraining"]["predictor"] = predictor
     return checkpoint if resume is None else {**checkpoint, "resume": dict(resume)}
+
+
+def _without_paths(trainer: PretrainTrainer) -> PretrainTrainer:
+    """The recipe without the files that its task was given: where they lie is nobody else's business."""
+    task_config = trainer.task_config
+    paths = [setting.name for setting in fields(task_config) if isinstance(getattr(task_config, setting.name), Path)]
+    return replace(trainer, task_config=replace(task_config, **dict.fromkeys(paths)))
 
 
 def released(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

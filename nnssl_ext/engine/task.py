@@ -7,7 +7,7 @@ shortest example. The engine knows nothing but what stands here.
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
@@ -106,6 +106,8 @@ class PretextTask(nn.Module, ABC):
     parent_scale: float = 1.0
     """Edge of the crops that the loader reads, as a multiple of the patch's: above 1 for tasks that cut several views
     from one place. A subclass may set it from its config."""
+    first_look: int = 0
+    """Training cases that `begin` is shown, as many as there are at most, 0 or more."""
 
     def __init__(self, config: Any, configuration: Configuration, num_cases: int) -> None:
         """Keeps the three arguments; subclasses build their modules after it.
@@ -142,6 +144,16 @@ class PretextTask(nn.Module, ABC):
     def forward(self, views: Views) -> StepOutput:
         """The loss of what `views` gave, with metrics and pictures."""
 
+    def begin(self, batches: Iterable[tuple[Batch, SampleRandom]]) -> None:
+        """Called once before the first step, without gradient: what is to be known of the data before learning begins.
+
+        Not called where `first_look` is 0, and not on resuming. What is found goes to buffers.
+
+        Args:
+            batches: Training batches of this rank, on the device, with their draws; on all ranks together they show
+                `first_look` cases or more.
+        """
+
     def after_step(self, step: int, total: int) -> None:
         """Called once after every optimiser step, without gradient: teachers, centres, temperature schedules.
 
@@ -157,6 +169,13 @@ class PretextTask(nn.Module, ABC):
             What was changed, in words for the log; empty where the task has no such knob, or it is at its end.
         """
         return ""
+
+    def predictor(self) -> Mapping[str, torch.Tensor]:
+        """What of the state, by its names there, it takes beside the exported encoder to make this task's predictions.
+
+        Checkpoints keep it. Empty where nobody asks for predictions.
+        """
+        return {}
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The views with their targets destroyed and all else alike, for control runs that must learn nothing.

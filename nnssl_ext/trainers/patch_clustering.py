@@ -12,7 +12,7 @@ images have in common; and where a batch has few tokens those of earlier steps j
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -144,6 +144,7 @@ class PatchClustering(PretextTask):
         super().__init__(config, configuration, num_cases)
         self.encoder = build_encoder(configuration)
         self.parent_scale = config.parent_scale
+        self.num_clusters = config.prototypes
         size = configuration.patch_size
         self.level = token_level(self.encoder.strides, size)
         self.cell = self.encoder.strides[self.level]
@@ -248,8 +249,7 @@ class PatchClustering(PretextTask):
         """
         size, occupied = self.configuration.patch_size, views["cells_occupied"]
         grid = ours[0].shape[2:]
-        centres = [2 * (torch.arange(edge, device=occupied.device) + 0.5) / edge - 1 for edge in grid]
-        here = torch.stack(torch.meshgrid(*centres, indexing="ij"), -1).flatten(0, -2).expand_as(views["cells_there"])
+        here = middles(grid, occupied.device).expand_as(views["cells_there"])
         both = torch.stack([features_at(ours, here), features_at(theirs, views["cells_there"])])
         with torch.no_grad():
             scores = self.head(self.standard(both))
@@ -262,6 +262,24 @@ class PatchClustering(PretextTask):
             "input": views["first"],
             **{name: upsample_blocks(labels, self.cell, size) for name, labels in cells.items()},
         }
+
+    def scores(self, image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Cosines of every token with the prototypes over the temperature: (B, K, *cells).
+
+        Args:
+            image: (B, C, *patch).
+            valid: (B, 1, *patch), bool, False on padding.
+        """
+        maps = self.encoder(torch.where(valid, image, 0))[self.level :]
+        grid = maps[0].shape[2:]
+        here = middles(grid, image.device).expand(len(image), -1, -1)
+        scores = self.head(self.standard(features_at(maps, here)))
+        return scores.transpose(1, 2).unflatten(2, grid) / self.config.temperature
+
+    def predictor(self) -> Mapping[str, torch.Tensor]:
+        """What leads from the encoder to the prototypes; see `PretextTask`."""
+        state = self.state_dict()
+        return {name: value for name, value in state.items() if name.startswith(("standard.", "head."))}
 
     def after_step(self, step: int, total: int) -> None:
         """Brings prototypes back to length 1, and says whether they move in the next step."""
@@ -290,6 +308,12 @@ def features_at(maps: Sequence[torch.Tensor], place: torch.Tensor) -> torch.Tens
     grid = place.flip(2).view(*place.shape[:2], *[1] * (place.shape[2] - 1), place.shape[2])
     sampled = [functional.grid_sample(m.float(), grid, padding_mode="border", align_corners=False) for m in maps]
     return torch.cat(sampled, 1).flatten(2).transpose(1, 2)
+
+
+def middles(grid: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The middle of every cell of a map, from -1 to 1 across it, the last axis fastest: (1, cells, D)."""
+    axes = [2 * (torch.arange(edge, device=device) + 0.5) / edge - 1 for edge in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)[None]
 
 
 def unmoved(view: SpatialTransform) -> torch.Tensor:
