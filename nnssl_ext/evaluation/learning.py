@@ -11,7 +11,7 @@ import numpy as np
 from nnssl_ext.core.random import generator
 from nnssl_ext.evaluation.statistics import Array, bootstrap_interval, mean_over_seeds, undecidable_below
 
-HIGHER_IS_BETTER = ("accuracy", "retrieval", "known", "dice", "iou", "hit", "rank", "agreement")
+HIGHER_IS_BETTER = ("accuracy", "retrieval", "known", "dice", "iou", "hit", "rank", "agreement", "ncc")
 """In the names of metrics that rise; all others are errors."""
 Results = Mapping[tuple[str, str, int], Mapping[str, Any]]
 """Records of jobs by trainer (of random features: network and data), arm and seed."""
