@@ -79,7 +79,7 @@ class _Table:
         ]
 
     def _dice(self, keys: Mapping[int, str]) -> dict[int, Array]:
-        return {seed: learning.case_dice({"probe": read_json(self.probes[key])}, "probe") for seed, key in keys.items()}
+        return {seed: learning.case_dice(read_json(self.probes[key])["dice"]) for seed, key in keys.items()}
 
     def _random(self, method: Method) -> dict[int, Array]:
         return self._dice({seed: random_key(method, seed) for seed in self.planned.settings.seeds})

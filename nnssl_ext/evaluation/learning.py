@@ -1,4 +1,4 @@
-"""Whether a method learned anything of its own: pure functions of the scores of its arms on the same cases."""
+"""Whether a method learned anything of its own: pure functions of the scores of its runs on the same cases."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from nnssl_ext.evaluation.statistics import Array, bootstrap_interval, mean_over
 
 HIGHER_IS_BETTER = ("accuracy", "retrieval", "known", "dice", "iou", "hit", "rank", "agreement", "ncc")
 """In the names of metrics that rise; all others are errors."""
-Results = Mapping[tuple[str, str, int], Mapping[str, Any]]
-"""Records of jobs by trainer (of random features: network and data), arm and seed."""
 _BEATEN = {"_chance": "", "_untouched": " over the damaged input", "_other_case": " by the second view"}
 """Ends of the names of metrics that another one should beat, and what is then added to its name."""
 
 
-def case_dice(record: Mapping[str, Any], source: str) -> Array:
-    """Mean Dice of each test case over foreground classes and label subsets, (cases,), NaN where undefined."""
-    values = np.array(record[source]["dice"], dtype=float)
-    values = values if values.ndim == 3 else values[None]
+def case_dice(dice: Any) -> Array:
+    """Mean Dice of each test case over label subsets and foreground classes, (cases,), NaN where undefined.
+
+    Args:
+        dice: Nested lists (subsets, cases, classes) with null for what is undefined.
+    """
+    values = np.array(dice, dtype=float)
     defined = np.isfinite(values)
     counts, totals = defined.sum(axis=(0, 2)), np.where(defined, values, 0).sum(axis=(0, 2))
     return np.divide(totals, counts, out=np.full(len(counts), np.nan), where=counts > 0)
@@ -120,34 +121,3 @@ def gate(
         texts.append(f"{name} {pairs[:, 0].mean():.3f} (chance {pairs[:, 1].mean():.3f}{beside})")
     words = "passed" if all(beaten) else "failed" if not any(beaten) else "in part"
     return words, "; ".join(texts)
-
-
-def summarise(results: Results, trainers: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per method."""
-
-    def scores(name: str, arm: str, source: str = "probe") -> dict[int, np.ndarray]:
-        found = {key[2]: record for key, record in results.items() if key[:2] == (name, arm)}
-        return {seed: case_dice(record, source) for seed, record in sorted(found.items()) if source in record}
-
-    rows = []
-    for trainer in trainers:
-        records = [record for key, record in sorted(results.items()) if key[:2] == (trainer, "method")]
-        if not records:
-            continue
-        shams = [record for key, record in sorted(results.items()) if key[:2] == (trainer, "sham")]
-        words, text = gate([record["pretext"] for record in records], [record["pretext"] for record in shams])
-        net = records[0]["net"]
-        method, sham, random = scores(trainer, "method"), scores(trainer, "sham"), scores(net, "random")
-        beside_sham = compare(method, sham, f"{trainer} sham")
-        row = {"trainer": trainer, "net": net, "seeds": sorted(method), "pretext": text, "gate": words}
-        for arm, found in (("dice", method), ("sham", sham), ("random", random)):
-            row[arm] = float(np.nanmean(list(found.values()))) if found else None
-        row["over_random"] = compare(method, random, f"{trainer} random")
-        row["over_sham"] = beside_sham
-        tuned, scratch = scores(trainer, "method", "fine_tuned"), scores(net, "random", "fine_tuned")
-        row["fine_tuned_over_scratch"] = compare(tuned, scratch, f"{trainer} fine-tuned")
-        row["verdict"] = verdict(beside_sham)
-        whole = [record["training_cpu_seconds"] for record in records if record["training_cpu_seconds"] is not None]
-        row["core_seconds"] = float(np.mean(whole)) if whole else None
-        rows.append(row)
-    return rows

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The table of docs/methods/learning.md: what each method learns of its own on the Decathlon's hippocampus data.
+#
+#   benchmarks/learning.sh path/to/Task04_Hippocampus path/to/workspace [unet|primus|two_channels ...]
+#
+# 80 scans without labels are pretrained on, with small networks and some hundred steps. Of the other scans 20 are the
+# pool that probes and fine-tuning draw 5 labelled cases from, and 30 are the test. Each method stands beside its own
+# control run on destroyed targets, the untrained network, and nnU-Net from scratch, with three seeds. On two cores the
+# U-Nets take some six hours and the transformers two; it can be stopped and started again at any time.
+set -euo pipefail
+source=$1
+workspace=$2
+groups=${*:3}
+here=$(cd "$(dirname "$0")" && pwd)
+
+export nnssl_raw=$workspace/raw nnssl_preprocessed=$workspace/preprocessed nnssl_results=$workspace/results
+mkdir -p "$nnssl_raw" "$nnssl_preprocessed" "$nnssl_results"
+
+[ -d "$nnssl_raw/Dataset001_HippocampusUnlabelled" ] ||
+    nnssl_convert msd "$source" -d 4 --unlabelled 80 --unlabelled_dataset 1
+nnssl_plan_and_preprocess -d 1 -pl nnsslPlannerResEncXS -np 2
+
+compare() { # name, labelled and unlabelled dataset, trainers
+    nnssl_compare -d "$2" --pretrain_dataset "$3" -tr "${@:4}" --budget 550 --settings "$here/learning/$1.json" \
+        --splits "$here/learning/splits.json" --num_train 5 --seeds 0 1 2 --sham --name "learning_$1" -device cpu -np 2
+}
+
+for group in ${groups:-unet primus two_channels}; do
+    case $group in
+    unet)
+        compare unet 4 1 MAETrainer SparkTrainer ModelsGenesisTrainer InpaintingTrainer VolumeFusionTrainer \
+            SwinUNETRTrainer DINOTrainer DINOv2Trainer RotationTrainer JigsawTrainer RelativePatchLocationTrainer \
+            ExemplarTrainer CPCTrainer SimCLRTrainer VoCoTrainer DenseContrastiveTrainer PatchClusteringTrainer
+        ;;
+    primus)
+        compare primus 4 1 MAETrainer SimMIMTrainer CroCoTrainer DINOv2Trainer
+        ;;
+    two_channels) # a smoke test, and no evidence: the second contrast is made from the first
+        for number in 001 004; do
+            one=$(echo "$nnssl_raw/Dataset$number"_*)
+            two=${one/Dataset0/Dataset1}
+            [ -f "$two/dataset.json" ] || python "$here/smoke_derived_contrast.py" "$one" "$two"
+        done
+        nnssl_plan_and_preprocess -d 101 -pl nnsslPlannerResEncXS -np 2
+        compare primus 104 101 MultiMAETrainer
+        ;;
+    esac
+done

@@ -1,0 +1,117 @@
+"""Whether a method learned anything of its own: the arithmetic, and what it leaves undecided."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnssl_ext.engine.task import TRAINERS
+from nnssl_ext.evaluation.comparison_settings import read_settings
+from nnssl_ext.evaluation.learning import Difference, case_dice, compare, gate, pretext_metrics, verdict
+
+NAN = float("nan")
+PROTOCOLS = Path(__file__).parents[2] / "benchmarks" / "learning"
+
+
+def runs(level: float, spread: float = 0.0) -> dict[int, np.ndarray]:
+    """Thirty cases around a level, the same ones for three seeds of other luck."""
+    luck = {0: -spread, 1: 0.0, 2: spread}
+    return {seed: np.random.default_rng(seed).normal(level + luck[seed], 0.05, 30) for seed in luck}
+
+
+@pytest.mark.parametrize(("method", "words"), [(0.6, "beats sham"), (0.44, "does not help here"), (0.46, "undecided")])
+def test_the_verdict_follows_the_difference_to_sham(method, words):
+    difference = compare(runs(method, 0.01), runs(0.45), "FooTrainer sham")
+    assert difference.mean == pytest.approx(method - 0.45)
+    assert difference.low < method - 0.45 < difference.high
+    assert verdict(difference) == words
+
+
+def test_luck_of_seeds_makes_a_difference_undecided():
+    difference = compare(runs(0.52, 0.1), runs(0.45), "FooTrainer sham")
+    assert verdict(difference) == "undecided"
+    assert difference.undecidable_below > 0.07
+
+
+@pytest.mark.parametrize(
+    ("difference", "decided"),
+    [
+        (Difference(0.1, 0.05, 0.15, 0.04, 3), True),
+        (Difference(-0.1, -0.15, -0.05, 0.04, 3), True),
+        (Difference(0.1, -0.01, 0.2, 0.04, 3), False),
+        (Difference(0.1, 0.05, 0.15, 0.12, 3), False),
+        (Difference(0.1, 0.05, 0.15, None, 1), False),
+    ],
+)
+def test_a_difference_that_cannot_be_decided_bears_a_question_mark(difference, decided):
+    """Catches a table that shows differences within the luck of the trainings like any other."""
+    assert difference.decided is decided
+    assert str(difference).endswith("]" if decided else "]?")
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [(None, "no sham"), (Difference(0.2, 0.1, 0.3, None, 1), "undecided (one seed)")],
+)
+def test_nothing_is_decided_without_sham_or_from_one_seed(difference, words):
+    assert verdict(difference) == words
+
+
+def test_every_case_counts_once_however_many_seeds_have_a_score_of_it():
+    """Catches a mean over all scores, in which a case without a score in one seed weighs less than in its interval."""
+    difference = compare({0: np.array([1.0, NAN]), 1: np.array([1.0, 3.0])}, {0: np.zeros(2), 1: np.zeros(2)}, "x")
+    assert difference.mean == pytest.approx(2.0)
+
+
+def test_only_seeds_that_both_arms_have_are_paired():
+    arm, reference = {seed: np.full(30, 0.5 + seed) for seed in (0, 1)}, {1: np.full(30, 1.0), 2: np.zeros(30)}
+    difference = compare(arm, reference, "x")
+    assert (difference.mean, difference.num_seeds) == (pytest.approx(0.5), 1)
+    assert compare(arm, {}, "x") is None
+
+
+@pytest.mark.parametrize(
+    ("pretext", "words"),
+    [
+        ([{"mse": [0.5, 0.9]}, {"mse": [0.6, 0.9]}], "passed"),
+        ([{"mse": [0.5, 0.9]}, {"mse": [0.91, 0.9]}], "failed"),
+        ([{"accuracy": [0.5, 0.1]}], "passed"),
+        ([{"accuracy": [0.05, 0.1]}], "failed"),
+        ([{"mse": [0.5, 0.9], "accuracy": [0.05, 0.1]}], "in part"),
+        ([{}], "no chance known"),
+    ],
+)
+def test_the_gate_wants_every_seed_better_than_chance_in_its_metric_s_direction(pretext, words):
+    assert gate(pretext)[0] == words
+
+
+def test_dice_of_a_case_is_the_mean_of_what_is_defined():
+    dice = [[[0.5, None], [None, None]], [[0.7, 0.3], [None, None]]]
+    assert case_dice(dice).tolist() == pytest.approx([0.5, NAN], nan_ok=True)
+
+
+def test_pretext_metrics_are_those_of_held_out_cases_with_something_to_beat():
+    epoch = {"val_mse": 0.5, "val_mse_chance": 0.9, "val_mse_other_case": 0.6, "val_loss": 1.0, "train_mse": 0.4}
+    epoch |= {"val_l1": 0.3, "val_l1_untouched": 0.4}
+    monitors = {"train_mse_chance": 0.8, "same_case_retrieval": 0.5, "same_case_retrieval_chance": 0.1}
+    expected = {"mse": [0.5, 0.9], "l1 over the damaged input": [0.3, 0.4], "mse by the second view": [0.5, 0.6]}
+    assert pretext_metrics(epoch | monitors) == expected
+
+
+def test_a_method_that_does_not_look_at_its_second_view_passes_in_part():
+    """Catches a gate that takes beating the mean for looking where the method should look."""
+    words, text = gate([{"mse": [0.94, 1.0], "mse by the second view": [0.941, 0.94]}])
+    assert words == "in part"
+    assert text == "mse 0.940 (chance 1.000); mse by the second view 0.941 (chance 0.940)"
+
+
+def test_the_sham_s_own_metric_stands_beside_but_decides_nothing():
+    sham = [{"mse": [0.7, 0.9]}, {"mse": [0.8, 0.9]}]
+    assert gate([{"mse": [0.85, 0.9]}], sham) == ("passed", "mse 0.850 (chance 0.900, sham 0.750)")
+
+
+@pytest.mark.parametrize(("file", "backbone"), [("unet.json", "cnn"), ("primus.json", "vit")])
+def test_the_protocols_of_the_table_fit_every_method(file, backbone):
+    trainers = tuple(name for name in TRAINERS.names() if backbone in TRAINERS.get(name).task.info.encoders)
+    for name, protocol in read_settings(PROTOCOLS / file, trainers)["protocols"].items():
+        TRAINERS.get(name).configured(protocol.settings, backbone)
