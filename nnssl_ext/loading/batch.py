@@ -28,6 +28,8 @@ class Batch:
     """(B, D), float32: edges of a voxel in mm."""
     foreground: tuple[float, ...] = ()
     """Share of each crop's real voxels that is foreground, in [0, 1], by the store's coarse grid."""
+    origin: tuple[tuple[float, ...], ...] = ()
+    """Where each stored volume begins within its raw image, in mm from that one's border, along its axes."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device, its voxels in float32; from page-locked memory a GPU copies by itself."""

@@ -116,6 +116,7 @@ def as_batch(request: BatchRequest, placed: Placed, memory: torch.Tensor) -> Bat
         lower=torch.tensor([crop.lower[-dims:] for crop in placed.crops], dtype=torch.int64),
         spacing=torch.tensor([entry.spacing[-dims:] for entry in entries], dtype=torch.float32),
         foreground=tuple(crop.foreground for crop in placed.crops),
+        origin=tuple(entry.origin[-dims:] for entry in entries),
     )
 
 

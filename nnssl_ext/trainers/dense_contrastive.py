@@ -3,7 +3,8 @@
 Two overlapping crops are cut from one place, each moved and recoloured on its own. The whole network, decoder included,
 gives every voxel a vector. Where a voxel of one view lies in the other is known from how they were cut, in scanner
 coordinates, so nothing has to be matched: at some hundred places each view has to find the other's vector among those
-of all other places, in both directions.
+of all other places, in both directions. Where the mid-plane of the body is known, the vector of the mirrored place may
+count as a second, weaker positive (`mirror`).
 
 Papers: O. Pinheiro et al. 2020 (arXiv:2011.05499) and Wang et al. 2021 (arXiv:2011.09157) for dense contrast. Other
 than there, places closer than two strides of the features are no negatives of each other, and flat regions (air) are
@@ -41,6 +42,7 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
 from nnssl_ext.views.intensity import IntensityConfig, intensity_view
+from nnssl_ext.views.mirror import read_at, reflected, seen_at, shown_at
 from nnssl_ext.views.overlap import place_in
 from nnssl_ext.views.places import shared_places
 from nnssl_ext.views.sham import of_another_case
@@ -75,6 +77,16 @@ class DenseContrastiveConfig:
     """How each view is moved in training, without elastic deformation."""
     intensity: IntensityConfig = field(default_factory=IntensityConfig)
     """How the intensities of each view change in training."""
+    mirror: bool = False
+    """Whether a place should also be found by its mirror image in the other half of the body, and both are no negatives
+    of each other. Takes a mid-plane that is known, as in images that were laid upon one template: a crop does not tell
+    it."""
+    mirror_axis: int | None = None
+    """Axis of the preprocessed images, from 0, that runs from left to right."""
+    mid_plane: float | None = None
+    """Where the mid-plane cuts that axis, in mm from the border of the raw images, the same in all of them."""
+    mirror_weight: float = 0.25
+    """Weight of the mirror image beside the place itself, above 0. Neither published nor measured."""
 
     def __post_init__(self) -> None:
         for name, least in (("positions", 2), ("width", 1), ("parent_scale", 1), ("background_std", 0)):
@@ -89,6 +101,13 @@ class DenseContrastiveConfig:
             raise ValueError(f"shift={self.shift} must lie in [0, 1): the two views must overlap.")
         if self.spatial.elastic:
             raise ValueError(f"spatial.elastic={self.spatial.elastic} must be 0: its inverse is not known.")
+        if self.mirror and (self.mirror_axis is None or self.mid_plane is None):
+            raise ValueError(
+                "mirror=True needs a known mid-plane: give its axis and place, the same in all images, as --set "
+                "mirror_axis=2 mid_plane=90.5, or lay the images upon one template first. Else leave mirror=False"
+            )
+        if not self.mirror_weight > 0:
+            raise ValueError(f"mirror_weight={self.mirror_weight} must be above 0.")
 
 
 class DenseContrastive(PretextTask):
@@ -109,9 +128,11 @@ class DenseContrastive(PretextTask):
         """Builds the plan's network with a vector per voxel.
 
         Raises:
-            ValueError: Where the network cannot be built.
+            ValueError: Where the network cannot be built, or the images have no axis of that number.
         """
         super().__init__(config, configuration, num_cases)
+        if config.mirror and config.mirror_axis not in range(configuration.dims):
+            raise ValueError(f"mirror_axis={config.mirror_axis} must be one of 0 to {configuration.dims - 1}.")
         self.parent_scale = config.parent_scale
         self.encoder, self.decoder = build_dense(configuration, config.width)
         if is_transformer(self.encoder):
@@ -126,8 +147,9 @@ class DenseContrastive(PretextTask):
             `first` and `second` (B, C, *patch); `first_valid` and `second_valid` (B, 1, *patch); `places` (B, P),
             voxels of the first view, the last axis fastest; `there` (B, P, D), where the second view shows them, from
             -1 to 1 across it; `where` (B, P, D), in mm; `reach` (B,), the distance in mm below which places are near;
-            `counted` (B, P), bool; `partner` (B,), which second view belongs to each first one; for a transformer also
-            `kept`, the tokens without padding of the first views and then of the second ones.
+            `counted` (B, P), bool; `partner` (B,), which second view belongs to each first one; with `mirror` what
+            `_mirrored` gives; for a transformer also `kept`, the tokens without padding of the first views and then of
+            the second ones.
         """
         config, size = self.config, self.configuration.patch_size
         moves = config.spatial if train else UNMOVED
@@ -143,6 +165,7 @@ class DenseContrastive(PretextTask):
         edges = torch.tensor(size, device=there.device)
         where = first.transform.coordinates().flatten(2).gather(2, index).transpose(1, 2) * batch.spacing[:, None]
         steps = torch.stack([place.matrix.abs() for place in pair]) * batch.spacing[:, :, None]
+        mirrored = self._mirrored(batch, where, first, second) if config.mirror else {}
         if train:
             first, second = (
                 replace(view, data=intensity_view(view.data, view.valid, random.child(name), config.intensity))
@@ -159,27 +182,51 @@ class DenseContrastive(PretextTask):
             "reach": NEAR_STRIDES * (steps * torch.tensor(self.stride, device=there.device)).amax((0, 2, 3)),
             "counted": counted,
             "partner": torch.arange(len(chosen), device=chosen.device),
+            **mirrored,
         }
         if is_transformer(self.encoder):
             views["kept"] = whole_places(torch.cat([first.valid, second.valid]), self.encoder.token_size)
         return views
 
+    def _mirrored(self, batch: Batch, where: torch.Tensor, first: SpatialView, second: SpatialView) -> Views:
+        """The mirror images of places.
+
+        Returns:
+            `mirrored` (B, P, D), in mm as `where`; `first_mirror` and `second_mirror` (B, P, D), where the views show
+            them, from -1 to 1 across each; `first_shows` and `second_shows` (B, P), bool, whether they do, and not air.
+        """
+        config, size = self.config, self.configuration.patch_size
+        assert config.mirror_axis is not None
+        assert config.mid_plane is not None
+        mirrored = reflected(where, batch, config.mirror_axis, config.mid_plane)
+        views = {"mirrored": mirrored}
+        for name, view in (("first", first), ("second", second)):
+            there = seen_at(view.transform, mirrored / batch.spacing[:, None])
+            asked = view.valid & textured(view, config.background_std)
+            views |= {f"{name}_mirror": there, f"{name}_shows": shown_at(asked, there, size)}
+        return views
+
     def forward(self, views: Views) -> StepOutput:
-        """The contrast beside its chance, and how often a place is found."""
+        """The contrast beside its chance, and how often a place is found; with `mirror` also that of mirror images."""
         images, valid = (torch.cat([views[f"first{name}"], views[f"second{name}"]]) for name in ("", "_valid"))
         output, _ = run_dense(self.encoder, self.decoder, images, valid, views.get("kept"))
         maps, others = output.float().chunk(2)
         index = views["places"][:, None].expand(-1, maps.shape[1], -1)
         first = maps.flatten(2).gather(2, index).transpose(1, 2)
-        grid = views["there"].flip(2).view(*views["there"].shape[:2], *[1] * (maps.ndim - 3), maps.ndim - 2)
-        second = functional.grid_sample(others[views["partner"]], grid, padding_mode="border", align_corners=False)
-        second = second.flatten(2).transpose(1, 2)
+        others = others[views["partner"]]
+        second = read_at(others, views["there"])
         near = torch.cdist(views["where"], views["where"]) < views["reach"][:, None, None]
-        loss, metrics = dense_contrast(first, second, near, views["counted"], self.config.temperature)
+        if self.config.mirror:
+            near = near | (torch.cdist(views["where"], views["mirrored"]) < views["reach"][:, None, None])
+        contrast, metrics = dense_contrast(first, second, near, views["counted"], self.config.temperature)
+        metrics["contrast"], loss = contrast, contrast
+        if self.config.mirror:
+            metrics |= self._mirror_contrast(views, (first, second), (maps, others), near)
+            loss = contrast + self.config.mirror_weight * metrics["mirror_contrast"]
         pictures = {"first": views["first"], "second": views["second"], "features": maps.detach()}
         return StepOutput(
             loss=loss,
-            metrics={"contrast": loss.detach(), **{name: value.detach() for name, value in metrics.items()}},
+            metrics={name: value.detach() for name, value in metrics.items()},
             images=None if self.training else pictures,
             embeddings=Embeddings(
                 first=first[:, 0].detach(),
@@ -187,6 +234,18 @@ class DenseContrastive(PretextTask):
                 token_spread=token_spread(first.detach(), views["counted"]),
             ),
         )
+
+    def _mirror_contrast(
+        self, views: Views, places: tuple[torch.Tensor, ...], maps: tuple[torch.Tensor, ...], near: torch.Tensor
+    ) -> Views:
+        """How well the vectors of places (B, P, D) in one view tell those of their mirror images in the other one."""
+        losses, chances = [], []
+        for vectors, features, name in zip(places, reversed(maps), ("second", "first"), strict=True):
+            mirrored, counted = read_at(features, views[f"{name}_mirror"]), views["counted"] & views[f"{name}_shows"]
+            loss, metrics = dense_contrast(vectors, mirrored, near, counted, self.config.temperature)
+            losses.append(loss)
+            chances.append(metrics["contrast_chance"])
+        return {"mirror_contrast": torch.stack(losses).mean(), "mirror_contrast_chance": torch.stack(chances).mean()}
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The second view is another case's; see `PretextTask.sham`."""

@@ -102,6 +102,7 @@ def test_images_of_a_session_are_cropped_at_the_same_place(make_store) -> None:
         partly += not both.all()
         assert torch.equal(batch.data[0][both], batch.data[1][both])
         assert (batch.data[~batch.valid] == 0).all()
+        assert batch.origin == tuple((2.0 * z, 1.0 * y, 1.0 * x) for z, y, x in (shifts[name] for name in batch.cases))
         places = [np.add(shifts[name], lower) for name, lower in zip(batch.cases, batch.lower.tolist(), strict=True)]
         assert places[0].tolist() == places[1].tolist()
     assert 0 < partly < 30

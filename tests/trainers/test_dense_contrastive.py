@@ -11,6 +11,7 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.trainers.dense_contrastive import DenseContrastive, DenseContrastiveConfig, DenseContrastiveTrainer
 from nnssl_ext.views.intensity import IntensityConfig
+from nnssl_ext.views.mirror import read_at
 from nnssl_ext.views.spatial import SpatialConfig
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
@@ -120,9 +121,99 @@ def test_near_places_are_no_negatives_of_each_other(tiny_plan):
     assert views["places"].shape == (3, prod((24, 16)) // 2)
 
 
+LOWER, ORIGIN, MID_PLANE = 7, 4.0, 19.5
+
+
+def make_mirror(plan, patch_size: tuple[int, ...], spacing: float) -> tuple[DenseContrastive, Batch]:
+    """A task with a mid-plane that cuts the first axis, and crops whose voxels hold coordinates, away from the border
+    of their volumes, which do not begin where their raw images do."""
+    moves = SpatialConfig(flip=0.5, rotation=1.0, scaling=0)
+    plane = MID_PLANE * spacing + ORIGIN
+    task = make_task(plan, spatial=moves, intensity=NOTHING, mirror=True, mirror_axis=0, mid_plane=plane, width=8)
+    batch = make_batch(patch_size, spacing)
+    lower = torch.zeros_like(batch.lower)
+    lower[:, 0] = LOWER + torch.arange(3)
+    return task, replace(batch, lower=lower, origin=((ORIGIN, *[9.0] * (len(patch_size) - 1)),) * 3)
+
+
+@pytest.mark.parametrize("spacing", [1.0, 2.5])
+def test_mirror_images_lie_on_the_other_side_of_the_mid_plane(tiny_plan, patch_size, spacing):
+    """The mirror image of the volume's voxel i is its voxel 2 MID_PLANE - 1 - i, whatever the crop.
+
+    Catches a plane taken in the middle of the crop, crops or volumes that are thought to begin at the raw image's
+    border, half a voxel that is lost, views that are not turned with their crop, and other axes that are mirrored.
+    """
+    task, batch = make_mirror(tiny_plan(patch_size, len(patch_size)), patch_size, spacing)
+    for step in range(3):
+        views = task.views(batch, replace(RANDOM, step=step), train=True)
+        begins = torch.tensor([2 * MID_PLANE - 1 - 2 * (LOWER + row) for row in range(3)]) * spacing
+        expected = views["where"].clone()
+        expected[:, :, 0] = begins[:, None] - expected[:, :, 0]
+        for name in ("first", "second"):
+            shown = views["counted"] & views[f"{name}_shows"]
+            assert shown.any()
+            found = read_at(views[name], views[f"{name}_mirror"])
+            torch.testing.assert_close(found[shown], expected[shown], atol=5e-2, rtol=1e-3)
+
+
+def test_a_mirror_image_is_a_weak_positive_and_no_negative(tiny_plan, monkeypatch):
+    """Features that are the same on both sides of the plane, and else tell places apart, are what is asked for; and
+    they are held against a method that does not know the plane.
+
+    Catches mirror images that stay among the negatives, that are compared with the wrong place, or are left out.
+    """
+    task, batch = make_mirror(tiny_plan((24, 16), 2), (24, 16), 1.0)
+    batch = replace(batch, lower=torch.full_like(batch.lower, 3), valid=torch.ones_like(batch.valid))
+
+    def features(kind: str):
+        def run(encoder, decoder, image, *rest):
+            rows = (image[:, :1] - (MID_PLANE - 0.5 - 3)) / 3
+            side = rows.abs() if kind == "symmetric" else rows
+            waves = [
+                function(rate * each)
+                for each in (side, image[:, 1:] / 3)
+                for rate in (1, 2)
+                for function in (torch.sin, torch.cos)
+            ]
+            return torch.cat(waves, 1), None
+
+        return run
+
+    views = task.views(batch, RANDOM, train=False)
+    plain = make_task(tiny_plan((24, 16), 2), width=8)
+    found = {}
+    for kind in ("symmetric", "sided"):
+        monkeypatch.setattr("nnssl_ext.trainers.dense_contrastive.run_dense", features(kind))
+        with torch.no_grad():
+            found[kind] = task(views)
+            found[f"{kind}, plane unknown"] = plain(views)
+    losses = {kind: output.loss.item() for kind, output in found.items()}
+    assert losses["symmetric"] < losses["sided"]
+    assert losses["symmetric, plane unknown"] > losses["sided, plane unknown"] + 0.1
+    symmetric, sided = found["symmetric"].metrics, found["sided"].metrics
+    assert symmetric["mirror_contrast"] < symmetric["mirror_contrast_chance"] - 1
+    assert symmetric["mirror_contrast"] < sided["mirror_contrast"] - 0.5
+    assert symmetric["contrast"] < found["symmetric, plane unknown"].metrics["contrast"] - 0.1
+    expected = symmetric["contrast"] + 0.25 * symmetric["mirror_contrast"]
+    assert losses["symmetric"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [[], ["mirror_axis=0"], ["mid_plane=90.5"]])
+def test_mirror_images_are_refused_without_a_known_mid_plane(settings):
+    """Catches the middle of the crop, or of the volume, taken for the mid-plane."""
+    with pytest.raises(ValueError, match="needs a known mid-plane"):
+        DenseContrastiveTrainer.configured(["mirror=True", *settings])
+
+
+def test_a_mirror_axis_that_images_do_not_have_is_refused(tiny_plan):
+    with pytest.raises(ValueError, match="mirror_axis=2 must be one of 0 to 1"):
+        make_task(tiny_plan((24, 16)), mirror=True, mirror_axis=2, mid_plane=3.0)
+
+
 @pytest.mark.parametrize(
     "override",
     [
+        "mirror_weight=0",
         "positions=1",
         "width=0",
         "temperature=0",
