@@ -48,9 +48,10 @@ from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.models.gaussian_scales import GaussianScales
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.trainers.patch_clustering import PatchClustering, PatchClusteringTrainer
+from nnssl_ext.trainers.pixel_clustering import PixelClustering, PixelClusteringTrainer
 
-ClusterTask = PatchClustering
-LEARNS_CLUSTERS = (PatchClusteringTrainer.__name__,)
+ClusterTask = PatchClustering | PixelClustering
+LEARNS_CLUSTERS = (PatchClusteringTrainer.__name__, PixelClusteringTrainer.__name__)
 """Trainers whose checkpoints map images."""
 SLICES_AT_ONCE = 32
 """Slices of a volume whose Gaussian scales are computed together; bounds the memory."""

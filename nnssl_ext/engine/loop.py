@@ -204,9 +204,10 @@ class _Run:
         return Outcome.FINISHED
 
     def _begin(self, train: PatchLoader, val: PatchLoader) -> bool:
-        """Let the guard see the untrained network; False where a signal asked to stop."""
+        """Let task and guard see what they ask for before the first step; False where a signal asked to stop."""
         if self.progress.step:
             return True
+        self.stepper.begin(train.batches, len(self.split.train))
         return self.guard.begin(train.batches, len(self.split.train), lambda: self._validate(val), self._stopping)
 
     def _go_back(self, reason: RollBackError | DivergedError, tracker: Tracker | None, bar: Bar) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +115,22 @@ class Stepper:
         self.skipped_cases: list[list[str]] = []
         self.lr_factor = 1.0
         self.observe: Callable[[Sequence[str], Embeddings], None] = _look_away
+
+    @torch.no_grad()
+    def begin(self, batches: Callable[[int, int], Iterator[Batch]], num_cases: int) -> None:
+        """Shows the task what it asks to see before the first step.
+
+        Args:
+            batches: Those of training, from one step up to another.
+            num_cases: Cases trained on.
+        """
+        wanted = min(self.task.first_look, num_cases)
+        if not wanted:
+            return
+        logger.info("Looking at %d training cases before the first step.", wanted)
+        rows = self.task.configuration.batch_size * self.task.needs.images * self.trainer.accumulate * self.world.size
+        read = (batch.to(self.device) for batch in batches(0, -(-wanted * self.trainer.crops_per_case // rows)))
+        self.task.begin((batch, SampleRandom(self.seed, 0, batch.samples).child("begin")) for batch in read)
 
     def train_step(self, batches: Iterable[Batch], step: int) -> dict[str, float]:
         """One optimiser step over `accumulate` batches.

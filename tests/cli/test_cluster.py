@@ -7,6 +7,7 @@ from nnssl_ext.cli.cluster import main
 from nnssl_ext.engine.checkpoint import build_checkpoint, save_checkpoint
 from nnssl_ext.imageio import read_segmentation, write_image
 from nnssl_ext.trainers.mae import MAETrainer
+from nnssl_ext.trainers.pixel_clustering import PixelClusteringTrainer
 from tests.downstream.test_grids import OBLIQUE
 
 
@@ -75,3 +76,15 @@ def test_a_checkpoint_gives_the_features_and_is_not_asked_for_again(scans, tiny_
     ):
         assert run(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_maps_images_by_the_clusters_it_has_learned_if_any(scans, tiny_plan, capsys):
+    path = checkpoint(scans, tiny_plan(), PixelClusteringTrainer())
+    assert run("predict", path, scans / "a.nii.gz", "-o", scans) == 0
+    labels, geometry = read_segmentation(scans / "a_clusters.nii.gz")
+    assert geometry.same_place(OBLIQUE)
+    assert labels.shape == (12, 40, 20)
+    assert f"{len(np.unique(labels)) - 1} of 10 clusters" in capsys.readouterr().out
+    path = checkpoint(scans, tiny_plan(), MAETrainer.configured(["block_size=4"]))
+    assert run("predict", path, scans / "a.nii.gz") == 2
+    assert "is a checkpoint of MAETrainer that predicts no clusters" in capsys.readouterr().err

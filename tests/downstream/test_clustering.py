@@ -15,8 +15,11 @@ from nnssl_ext.downstream.clustering import (
 )
 from nnssl_ext.downstream.features import FeatureMap, Place, prepare
 from nnssl_ext.downstream.grids import Grid, coarser, image_grid
+from nnssl_ext.engine.checkpoint import build_checkpoint, save_checkpoint
 from nnssl_ext.imageio import Geometry
 from nnssl_ext.models.cluster_model import ClusterModel, Origin, load_clusters, save_clusters
+from nnssl_ext.trainers.patch_clustering import PatchClusteringTrainer
+from nnssl_ext.trainers.pixel_clustering import PixelClusteringTrainer
 
 SHAPE = (4, 6, 8)
 UNIT = Geometry(spacing=(1.0, 1.0, 1.0))
@@ -172,3 +175,29 @@ def test_what_does_not_fit_is_refused(tmp_path, tiny_plan):
     (tmp_path / "text.pth").write_text("text")
     with pytest.raises(ValueError, match="is no file of nnssl_cluster"):
         load_clusters(tmp_path / "text.pth")
+
+
+@pytest.mark.parametrize("trainer", [PatchClusteringTrainer, PixelClusteringTrainer])
+@pytest.mark.parametrize("kind", ["tiny_plan", "tiny_vit_plan"])
+def test_a_task_maps_images_by_what_it_has_learned(request, tmp_path, trainer, kind):
+    """Of an image as large as the patch: each cell's probabilities are those of the task. Catches a head that the
+    checkpoint lost or that is drawn anew, and a softmax over places."""
+    plan = request.getfixturevalue(kind)()
+    torch.manual_seed(5)
+    recipe = trainer()
+    task = recipe.build_task(plan.configuration("3d_fullres"), 4).eval()
+    save_checkpoint(tmp_path / "final.pth", build_checkpoint(task, recipe, plan, content_hashes=[]))
+    mapper = load_mapper(tmp_path / "final.pth")
+    image = np.random.default_rng(0).normal(size=(1, 16, 24, 8)).astype(np.float32)
+    volume = prepare(mapper.frozen, image, UNIT, "a")
+    features = mapper.features(volume)
+    with torch.no_grad():
+        scores = task.scores(volume.data[None], torch.ones(1, 1, 16, 24, 8, dtype=torch.bool))[0]
+    found = torch.from_numpy(features.values.astype(np.float32))
+    torch.testing.assert_close(found, scores.softmax(0), atol=1e-3, rtol=0)
+    assert len(found) == mapper.num_clusters
+    likeliest = found.argmax(0)
+    assert len(likeliest.unique()) > 1
+    labels = cluster_map(mapper, features, background=True)
+    if likeliest.shape == labels.shape:  # else borders lie between the middles of cells
+        assert np.array_equal(labels, likeliest.numpy() + 1)

@@ -16,6 +16,7 @@ from nnssl_ext.engine.checkpoint import RELEASED_KEYS, load_checkpoint
 from nnssl_ext.engine.loop import Outcome, _judged, pretrain
 from nnssl_ext.engine.steps import Stepper, Validation
 from nnssl_ext.preprocessing.index import Index, read_index, write_index
+from nnssl_ext.trainers.mae import MAE
 from tests.engine.conftest import RECIPE, write_store
 
 EVERYTHING = {
@@ -149,6 +150,26 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(make_spec, monkeypatch, ste
     assert pretrain(replace(stopped, resume=True)) is Outcome.FINISHED
     assert (stopped.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_task_sees_training_cases_once_before_the_first_step(make_spec, monkeypatch):
+    """Catches a look at held-out cases, at too few, or again on resuming."""
+    looks = []
+
+    def begin(self, batches):
+        looks.append([case for batch, _ in batches for case in batch.cases])
+        assert not torch.is_grad_enabled()
+
+    monkeypatch.setattr(MAE, "first_look", 3)
+    monkeypatch.setattr(MAE, "begin", begin)
+    spec = make_spec()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, signal.SIGTERM)
+        assert pretrain(spec) is Outcome.STOPPED
+    assert pretrain(replace(spec, resume=True)) is Outcome.FINISHED
+    assert len(looks) == 1
+    assert len(set(looks[0])) >= 3
+    assert set(looks[0]) <= set(read_json(spec.folder / "splits.json")["train"])
 
 
 def test_a_signal_during_validation_stops_there(make_spec, monkeypatch):
