@@ -155,18 +155,16 @@ def test_the_untouched_likeness_is_that_of_the_images_as_they_are(tiny_plan, pat
 
 
 def test_air_need_not_look_alike(tiny_plan):
-    """Where the fixed image is flat, whatever the moving one shows has no influence. Catches a mean over all voxels."""
+    """Flat tissue correlates with nothing, not even with itself. Catches a mean over all voxels, 0.4 here, and moving
+    air that has an influence."""
     task = make_task(tiny_plan((24, 16)), window=3).eval()
-    data = smooth(4, 1, 24, 16)
-    data[1::2, :, :12] = -1
+    data = smooth(2, 1, 24, 16).repeat_interleave(2, 0)
+    data[:, :, :, :11] = -1
     noisy = data.clone()
-    noisy[::2, :, :8] = 5 * smooth(2, 1, 8, 16, seed=1)
-    likenesses = []
+    noisy[::2, :, :, :7] = 5 * smooth(2, 1, 24, 7, seed=1)
     for each in (data, noisy):
         batch = replace(make_batch((24, 16)), data=each, valid=torch.ones_like(each, dtype=torch.bool))
-        likenesses.append(task(task.views(batch, RANDOM, train=False)).metrics["ncc_untouched"].item())
-    assert likenesses[1] == pytest.approx(likenesses[0], abs=1e-6)
-    assert abs(likenesses[0]) > 1e-3
+        assert task(task.views(batch, RANDOM, train=False)).metrics["ncc_untouched"] > 0.75
 
 
 @pytest.mark.parametrize("pair", ["case", "warp"])
