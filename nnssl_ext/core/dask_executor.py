@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from typing_extensions import Self
@@ -10,6 +11,8 @@ from typing_extensions import Self
 from nnssl_ext.core.executor import TaskResult, guarded
 
 CLUSTERS = {"slurm": "SLURMCluster", "lsf": "LSFCluster", "pbs": "PBSCluster"}
+MAX_IN_FLIGHT = 1000
+"""Tasks that a scheduler has at a time: enough for hundreds of workers, little for its memory."""
 
 
 class DaskExecutor:
@@ -27,25 +30,34 @@ class DaskExecutor:
     def __init__(self, num_jobs: int, *, scheduler: str | None = None, cluster: str | None = None) -> None:
         try:
             from distributed import Client
+
+            self._cluster = None if cluster is None else _start_cluster(cluster, num_jobs)
         except ImportError as error:
             raise ValueError(
-                'running on a cluster needs Dask, which is not installed: pip install "nnssl_ext[cluster]"'
+                f'running on a cluster needs Dask, and {error.name} is not installed: pip install "nnssl_ext[cluster]"'
             ) from error
-        self._cluster = None if cluster is None else _start_cluster(cluster, num_jobs)
         self._client = Client(scheduler or self._cluster)
 
     def run(self, function: Callable[..., Any], tasks: Mapping[str, tuple[Any, ...]]) -> Iterator[TaskResult]:
         """See `Executor.run`. Dask itself reruns the tasks of a dead worker, as often as its own settings say."""
         from distributed import as_completed
 
-        futures = {
-            self._client.submit(guarded, function, key, arguments, pure=False): key for key, arguments in tasks.items()
-        }
-        for future in as_completed(list(futures)):
+        todo, flying, completed = iter(tasks), {}, as_completed()
+
+        def submit(number: int) -> None:
+            for key in islice(todo, number):
+                future = self._client.submit(guarded, function, key, tasks[key], pure=False)
+                flying[future] = key
+                completed.add(future)
+
+        submit(MAX_IN_FLIGHT)
+        for future in completed:
+            key = flying.pop(future)
+            submit(1)
             if future.status == "finished":
                 yield future.result()
             else:
-                yield TaskResult(futures[future], error=f"{type(future.exception()).__name__}: {future.exception()}")
+                yield TaskResult(key, error=f"{type(future.exception()).__name__}: {future.exception()}")
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,22 @@ def test_a_task_that_always_kills_its_worker_is_named_and_the_rest_is_done():
         results = {r.key: r for r in executor.run(always_die, {str(x): (x,) for x in range(8)})}
     assert "died" in (results.pop("3").error or "")
     assert {k: r.value for k, r in results.items()} == {str(x): x for x in range(8) if x != 3}
+
+
+def test_two_tasks_a_worker_are_in_flight():
+    """Planted fault: everything submitted at once."""
+    asked = []
+
+    class Tasks(UserDict):
+        def __getitem__(self, key):
+            asked.append(key)
+            return super().__getitem__(key)
+
+    with make_executor(1) as executor:
+        results = executor.run(threads, Tasks({str(x): () for x in range(10)}))
+        next(results)
+        assert len(asked) == 2
+        assert len(list(results)) == 9
 
 
 def test_workers_have_one_thread_each_and_this_process_keeps_its_own(monkeypatch):

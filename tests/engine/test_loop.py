@@ -103,6 +103,29 @@ def test_validation_patients_are_never_trained_on(make_spec, monkeypatch):
     assert not {subject_of[c] for c in seen[True]} & {subject_of[c] for c in seen[False]}
 
 
+def test_weights_and_crops_of_a_case_reach_what_is_trained_on(make_spec, monkeypatch):
+    """Planted faults: either of the two not handed to the loader."""
+    spec = make_spec(["crops_per_case=2", 'sampling_weights={"common": 1, "rare": 0}'])
+    index = read_index(spec.data_folder)
+    entries = {
+        name: replace(entry, dataset="rare" if name > "case_02" else "common") for name, entry in index.entries.items()
+    }
+    write_index(spec.data_folder, replace(index, entries=entries))
+    shown = []
+    original = Stepper._forward
+
+    def forward(self, batch, random, train):
+        if train:
+            shown.extend(batch.cases)
+        return original(self, batch, random, train)
+
+    monkeypatch.setattr(Stepper, "_forward", forward)
+    pretrain(spec)
+    assert shown[::2] == shown[1::2]
+    assert len(set(shown)) > 1
+    assert {dataset[case] for case in shown} == {"common"}
+
+
 def test_every_epoch_validates_on_the_same_crops_and_masks(make_spec, monkeypatch):
     spec = make_spec()
     draws = []

@@ -64,6 +64,23 @@ def test_the_stored_type_is_delivered_and_a_device_gets_float32(tmp_path) -> Non
         assert torch.equal(moved.valid, batch.valid)
 
 
+def test_crops_are_decoded_into_the_batch(make_store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted fault: decoding into an array of its own, which is then copied."""
+    store, targets = make_store(SHAPES), []
+    read = Store.read_crop
+
+    def spy(self: Store, case: str, lower: list, upper: list, out: np.ndarray | None = None, opened: object = None):
+        targets.append(out)
+        return read(self, case, lower, upper, out, opened)
+
+    monkeypatch.setattr(Store, "read_crop", spy)
+    for batch in loader(store).batches(0, 8):
+        whole = [row for row, valid in enumerate(batch.valid) if valid.all()]
+        shared = [out is not None and np.shares_memory(out, batch.data.numpy()) for out in targets[-len(batch.data) :]]
+        assert [row for row, value in enumerate(shared) if value] == whole
+    assert any(out is not None for out in targets)
+
+
 def test_crops_of_one_case_in_a_batch_open_its_file_once(make_store, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_store(SHAPES)
     opened = []

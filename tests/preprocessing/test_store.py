@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import blosc2
 import numpy as np
@@ -87,7 +88,27 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path, data: np.ndarray) ->
     assert write(tmp_path / "a", data) == write(tmp_path / "b", data)
 
 
-def test_a_crop_decodes_only_the_blocks_it_touches(tmp_path: Path, data: np.ndarray) -> None:
+def test_a_crop_is_asked_for_as_a_box_and_decoded_into_what_is_given(tmp_path: Path, data: np.ndarray) -> None:
+    """Planted faults: the whole volume decoded and then cut; a temporary that is copied."""
+    store = store_of(tmp_path, write(tmp_path, data))
+    asked: list[tuple[Any, Any]] = []
+
+    class Opened:
+        dtype = np.dtype(np.float16)
+
+        def get_slice_numpy(self, out: np.ndarray, box: tuple[list[int], list[int]]) -> np.ndarray:
+            asked.append((out, box))
+            return store.open_case("case").get_slice_numpy(out, box)
+
+    out = np.empty((len(data), 4, 5, 6), np.float16)
+    crop = store.read_crop("case", (1, 2, 3), (5, 7, 9), out, Opened())
+    np.testing.assert_array_equal(crop, data[:, 1:5, 2:7, 3:9].astype(np.float16))
+    ((target, box),) = asked
+    assert target is out is crop
+    assert box == ([0, 1, 2, 3], [len(data), 5, 7, 9])
+
+
+def test_damage_beyond_a_crop_does_not_hide_it(tmp_path: Path, data: np.ndarray) -> None:
     entry = write(tmp_path, data)
     store = store_of(tmp_path, entry)
     path = tmp_path / "case.b2nd"
@@ -186,6 +207,7 @@ def test_foreground_must_fit(tmp_path: Path, data: np.ndarray) -> None:
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
+from typing import Any
 import numpy as np
 from nnssl_ext.preprocessing.errors import StorageFullError
 from nnssl_ext.preprocessing.index import Journal
@@ -283,6 +305,7 @@ def test_an_index_of_another_format_is_refused(tmp_path: Path, data: np.ndarray,
 ENCODED = """
 import sys
 from pathlib import Path
+from typing import Any
 import numpy as np
 from nnssl_ext.preprocessing.store import write_case
 
