@@ -188,7 +188,8 @@ class Registration(PretextTask):
     def forward(self, views: Views) -> StepOutput:
         """How alike the images are after and before the deformation, whether it folds, and the error of restoring.
 
-        Of two views, also how far the deformation is from the true one, and how far the identity is.
+        `shown` is the share of the fixed image's tissue that the moving one shows after it: the likeness is that of the
+        part that both show. Of two views, also how far the deformation is from the true one, and how far the identity.
         """
         images, valid, config = views["images"], views["valid"], self.config
         rows, real = images.flatten(0, 1), valid.flatten(0, 1)
@@ -198,12 +199,13 @@ class Registration(PretextTask):
         mse = masked_mse(restored, *hidden_target)
         moving, fixed = output.unflatten(0, (-1, 2)).unbind(1)
         found = self.head(moving, fixed, valid.all(1))
-        likeness, warped = self._likeness(views, found.field)
+        likeness, warped, shown = self._likeness(views, found.field)
         smoothness = self._roughness(found, valid[:, 1])
         metrics = {"mse": mse, "mse_chance": guess_error(*hidden_target), "ncc": likeness, "smoothness": smoothness}
         with torch.no_grad():
             metrics["ncc_untouched"] = self._likeness(views, torch.zeros_like(found.field))[0]
             folded = (determinants(found.field) <= 0) & valid[:, 1]
+            metrics["shown"] = shown
             metrics["folded"] = folded.sum() / valid[:, 1].sum().clamp(min=1)
         unlike = 1 - likeness
         if config.pair != "case":
@@ -222,13 +224,17 @@ class Registration(PretextTask):
             images=None if self.training else pictures,
         )
 
-    def _likeness(self, views: Views, displacements: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean local correlation of the fixed image with the moving one under a field, and the latter."""
+    def _likeness(self, views: Views, displacements: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean local correlation of the fixed image with the moving one under a field, the latter, and its share.
+
+        The share is that of the fixed image's tissue that it shows.
+        """
         (moving, fixed), (seen, asked) = views["target"].unbind(1), views["asked"].unbind(1)
         shown = asked & (warp(seen.float(), displacements, "zeros") > SHOWN)
         warped = warp(moving, displacements).masked_fill(~shown, 0)
         tissue = occupied_cells(fixed, asked, (1,) * (fixed.ndim - 2), self.config.background_std, 1)
-        return mean_ncc(warped, fixed, shown, tissue, self.config.window), warped
+        share = (tissue & shown).sum() / tissue.sum().clamp(min=1)
+        return mean_ncc(warped, fixed, shown, tissue, self.config.window), warped, share
 
     def _roughness(self, found: Deformation, real: torch.Tensor) -> torch.Tensor:
         """The velocity's squared gradients in mm, where its positions hold a real voxel of the fixed image."""

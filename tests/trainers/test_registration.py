@@ -147,6 +147,11 @@ def test_the_untouched_likeness_is_that_of_the_images_as_they_are(tiny_plan, pat
     assert metrics["ncc"].item() == pytest.approx(metrics["ncc_untouched"].item(), abs=2e-3)
     assert metrics["ncc_untouched"] < 0.5
     assert metrics["folded"] == 0
+    assert metrics["shown"] == 1  # padding of a fixed image is not asked for
+    half = batch.valid.clone()
+    half[0, :, : patch_size[0] // 2] = False
+    shown = task(task.views(replace(batch, valid=half), RANDOM, train=False)).metrics["shown"]
+    assert shown.item() == pytest.approx(1 - 0.5 / (1 + (patch_size[0] - 5) / patch_size[0]), abs=0.02)
     same = replace(batch, data=batch.data[:1].expand_as(batch.data), valid=torch.ones_like(batch.valid))
     output = task(task.views(same, RANDOM, train=False))
     assert output.metrics["ncc_untouched"].item() == pytest.approx(1, abs=1e-3)
