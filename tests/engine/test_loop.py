@@ -107,9 +107,8 @@ def test_weights_and_crops_of_a_case_reach_what_is_trained_on(make_spec, monkeyp
     """Planted faults: either of the two not handed to the loader."""
     spec = make_spec(["crops_per_case=2", 'sampling_weights={"common": 1, "rare": 0}'])
     index = read_index(spec.data_folder)
-    entries = {
-        name: replace(entry, dataset="rare" if name > "case_02" else "common") for name, entry in index.entries.items()
-    }
+    dataset = {name: "rare" if name > "case_02" else "common" for name in index.entries}
+    entries = {name: replace(entry, dataset=dataset[name]) for name, entry in index.entries.items()}
     write_index(spec.data_folder, replace(index, entries=entries))
     shown = []
     original = Stepper._forward
