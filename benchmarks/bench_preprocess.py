@@ -1,7 +1,8 @@
 """Preprocessing against nnU-Net's own `DefaultPreprocessor`: same files, same plan, same processes.
 
-Makes MR-like volumes with oblique, slightly anisotropic voxels and an empty margin, preprocesses them with both, and
-prints seconds, voxels a second, sizes and the largest difference of the results. Ends non-zero if they differ.
+Makes MR-like volumes with oblique, slightly anisotropic voxels and an empty margin, preprocesses them with both by
+turns, and prints seconds, voxels a second, sizes and the largest difference of the results. Ends non-zero if they
+differ. Without labels nnU-Net still resamples and writes a mask of what is not zero.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import Table, describe_machine, finish, made_volume, make_parser, make_plan, random_shape
 
-from nnssl_ext.core.executor import make_executor
+from nnssl_ext.core.executor import Executor, make_executor
 from nnssl_ext.dataset.manifest import Case, Manifest, write_dataset_json
 from nnssl_ext.fingerprint.foreground import nonzero_box
 from nnssl_ext.imageio import read_header, read_image, read_segmentation
@@ -37,8 +40,8 @@ ABSOLUTE, RELATIVE = 1e-2, 1e-3
 SPACINGS = ((1.0, 0.9, 0.9), (1.2, 0.8, 0.8), (0.9, 1.1, 1.1), (1.5, 1.0, 0.7))
 LABELS = {"background": 0, "a": 1, "b": 2, "c": 3}
 LABEL_SUFFIX = "_seg"
-LABEL_SMOOTH = 12
-"""Standard deviation in voxels of the filter that makes parts of noise."""
+LABEL_SMOOTH = {"large": 12.0, "small": 1.5}
+"""Standard deviation in voxels of the filter that makes parts of noise; of small ones nearly all is border."""
 LABEL_EDGES = (1.0, 1.5, 2.0)
 """Standard deviations where one label ends and the next begins: parts within parts, as of a tumour."""
 KILOBYTE = 1024
@@ -52,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--num_volumes", type=int, default=8, help="volumes to preprocess (default: 8)")
     result.add_argument("--edge", type=int, default=170, help="mean edge of a volume in voxels (default: 170)")
     result.add_argument("-np", type=int, default=2, help="worker processes (default: 2)")
-    result.add_argument("--labels", action="store_true", help="resample and write a label map with every image")
+    result.add_argument(
+        "--labels",
+        choices=LABEL_SMOOTH,
+        help="resample and write a label map with every image, in parts of this size (default: none)",
+    )
     return result
 
 
@@ -63,16 +70,16 @@ def volume(seed: int, edge: int) -> np.ndarray:
     return np.where(inside, 400 + 120 * image, 0).clip(0, 3000).astype(np.int16)
 
 
-def label_map(seed: int, image: np.ndarray) -> np.ndarray:
-    """Three nested labels in a few large parts of a volume, uint8 (Z, Y, X)."""
+def label_map(seed: int, image: np.ndarray, smooth: float) -> np.ndarray:
+    """Three nested labels in parts of a volume, uint8 (Z, Y, X)."""
     from scipy.ndimage import gaussian_filter
 
-    field = gaussian_filter(np.random.default_rng((seed, 1)).standard_normal(image.shape, np.float32), LABEL_SMOOTH)
-    return np.where(image > 0, np.digitize(field / field.std(), LABEL_EDGES), 0).astype(np.uint8)
+    tissue = gaussian_filter(np.random.default_rng((seed, 1)).standard_normal(image.shape, np.float32), smooth)
+    return np.where(image > 0, np.digitize(tissue / tissue.std(), LABEL_EDGES), 0).astype(np.uint8)
 
 
-def write_dataset(folder: Path, num_volumes: int, edge: int, labels: bool = False) -> Manifest:
-    """Writes the volumes, and label maps of three parts if wanted, as compressed NIfTI files in nnU-Net's layout."""
+def write_dataset(folder: Path, num_volumes: int, edge: int, labels: str | None = None) -> Manifest:
+    """Writes the volumes, and label maps if wanted, as compressed NIfTI files in nnU-Net's layout."""
     import SimpleITK as sitk
 
     for subfolder in ("imagesTr", "labelsTr") if labels else ("imagesTr",):
@@ -82,7 +89,7 @@ def write_dataset(folder: Path, num_volumes: int, edge: int, labels: bool = Fals
         array = volume(number, edge)
         files = {f"imagesTr/case_{number:03d}_0000.nii.gz": array}
         if labels:
-            files[f"labelsTr/case_{number:03d}.nii.gz"] = label_map(number, array)
+            files[f"labelsTr/case_{number:03d}.nii.gz"] = label_map(number, array, LABEL_SMOOTH[labels])
         for name, content in files.items():
             image = sitk.GetImageFromArray(content)
             image.SetSpacing(SPACINGS[number % len(SPACINGS)][::-1])
@@ -159,40 +166,53 @@ def _status(name: str) -> int:
     return next((int(line.split()[1]) * KILOBYTE for line in lines if line.startswith(name)), 0)
 
 
-def measure(
-    function: Callable[..., Any], manifest: Manifest, plan: Plan, folder: Path, arguments: Any
-) -> dict[str, Any]:
-    """Preprocesses all volumes a number of times in a warm pool.
+@dataclass
+class Runs:
+    """What the runs of one way of preprocessing took, and left."""
 
-    Returns:
-        Medians over the repeats of wall seconds and CPU seconds a volume, the growth of a worker's memory in bytes by
-        case and run, and the values of the last run by case.
-    """
-    wall, cpu, peaks, values = [], [], [], {}
-    with make_executor(arguments.np) as executor:
-        for repeat in range(arguments.repeats + 1):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            start = time.perf_counter()
-            cases = manifest.cases if repeat else manifest.cases[: arguments.np]
-            tasks = {case.case_id: (case, plan, folder) for case in cases}
-            results = list(executor.run(function, tasks))
-            for result in results:
-                if result.error is not None:
-                    raise RuntimeError(f"{result.key}: {result.error}")
-            values = {result.key: result.value["value"] for result in results}
-            if repeat:  # the first run imports and warms caches
-                peaks += [(result.key, result.value["peak"]) for result in results]
-                wall.append((time.perf_counter() - start) / len(results))
-                cpu.append(statistics.mean(result.value["cpu"] for result in results))
-    size = sum(path.stat().st_size for path in folder.glob("*.b2nd") if not path.stem.endswith(LABEL_SUFFIX))
-    return {
-        "wall": statistics.median(wall),
-        "cpu": statistics.median(cpu),
-        "peaks": peaks,
-        "megabytes": size / len(manifest.cases) / 1e6,
-        "values": values,
-    }
+    function: Callable[..., Any]
+    folder: Path
+    wall: list[float] = field(default_factory=list)
+    """Seconds a volume of each run."""
+    cpu: list[float] = field(default_factory=list)
+    """CPU seconds a volume of each run."""
+    peaks: list[tuple[str, int]] = field(default_factory=list)
+    """Growth of a worker's memory in bytes by case, of every run."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Of the last run by case."""
+
+    def add(self, executor: Executor, cases: Sequence[Case], plan: Plan, *, counts: bool = True) -> None:
+        """Preprocesses cases."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        start = time.perf_counter()
+        results = list(executor.run(self.function, {case.case_id: (case, plan, self.folder) for case in cases}))
+        seconds = time.perf_counter() - start
+        for result in results:
+            if result.error is not None:
+                raise RuntimeError(f"{result.key}: {result.error}")
+        self.values = {result.key: result.value["value"] for result in results}
+        if counts:
+            self.peaks += [(result.key, result.value["peak"]) for result in results]
+            self.wall.append(seconds / len(results))
+            self.cpu.append(statistics.mean(result.value["cpu"] for result in results))
+
+    def figures(self) -> dict[str, Any]:
+        """Medians a volume."""
+        files = [path for path in self.folder.glob("*.b2nd") if not path.stem.endswith(LABEL_SUFFIX)]
+        size = sum(path.stat().st_size for path in files) / len(self.values)
+        return {"wall": statistics.median(self.wall), "cpu": statistics.median(self.cpu), "megabytes": size / 1e6}
+
+
+def measure(ways: Sequence[Runs], manifest: Manifest, plan: Plan, arguments: argparse.Namespace) -> None:
+    """Preprocesses all volumes a number of times in warm pools, in every way by turns."""
+    with ExitStack() as stack:
+        pools = [stack.enter_context(make_executor(arguments.np)) for _ in ways]
+        for way, pool in zip(ways, pools, strict=True):
+            way.add(pool, manifest.cases[: arguments.np], plan, counts=False)  # imports, and warms caches
+        for _ in range(arguments.repeats):
+            for way, pool in zip(ways, pools, strict=True):
+                way.add(pool, manifest.cases, plan)
 
 
 def volume_bytes(case: Case, store: Store) -> int:
@@ -226,21 +246,20 @@ def main(argv: list[str] | None = None) -> None:
         root = Path(temporary)
         manifest = write_dataset(root / "Dataset001_Bench", arguments.num_volumes, arguments.edge, arguments.labels)
         plan = preprocessing_plan()
-        fast = measure(ours, manifest, plan, root / "ours", arguments)
-        stock = measure(nnunet, manifest, plan, root / "nnunet", arguments)
-        store = Store(root / "ours", fast.pop("values"))
-        stock.pop("values")
+        fast, stock = Runs(ours, root / "ours"), Runs(nnunet, root / "nnunet")
+        measure((fast, stock), manifest, plan, arguments)
+        store = Store(root / "ours", fast.values)
+        columns = {"nnssl_ext": fast.figures(), "nnunet": stock.figures()}
         largest, equal = compare(store, root / "nnunet")
         sizes = {case.case_id: volume_bytes(case, store) for case in manifest.cases}
     voxels = statistics.mean(math.prod(entry.shape) for entry in store.entries.values())
-    for figures in (fast, stock):
-        figures["voxels_per_second"] = voxels / figures["wall"]
-        figures["peak"] = max(peak / sizes[case_id] for case_id, peak in figures.pop("peaks"))
+    for column, way in zip(columns.values(), (fast, stock), strict=True):
+        column["voxels_per_second"] = voxels / column["wall"]
+        column["peak"] = max(peak / sizes[case_id] for case_id, peak in way.peaks)
     figures = {
-        "nnssl_ext": fast,
-        "nnunet": stock,
-        "ratio_wall": stock["wall"] / fast["wall"],
-        "ratio_cpu": stock["cpu"] / fast["cpu"],
+        **columns,
+        "ratio_wall": columns["nnunet"]["wall"] / columns["nnssl_ext"]["wall"],
+        "ratio_cpu": columns["nnunet"]["cpu"] / columns["nnssl_ext"]["cpu"],
         "largest_difference": largest,
         "voxels": voxels,
         "processes": arguments.np,

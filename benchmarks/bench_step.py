@@ -1,4 +1,6 @@
-"""One training step of a method: how long it takes, and the share of reading, views, forward, backward and optimiser.
+"""One training step of a method: how long it takes, and the share of data, views, forward, backward and optimiser.
+
+Data is waiting for a batch and bringing it to the device in float32; backward counts all that is nothing else.
 
 Makes MR-like volumes, plans a network with a preset, and takes the engine's own steps in several number formats and
 memory layouts, with the plain and the fused optimiser, and compiled, in turn, so that other work on the machine meets
@@ -24,9 +26,10 @@ import numpy as np
 import torch
 from common import Table, describe_machine, finish, made_volume, make_parser, make_plan, now
 
+from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.distributed import World
 from nnssl_ext.engine.steps import Stepper
-from nnssl_ext.engine.task import TRAINERS, PretrainTrainer
+from nnssl_ext.engine.task import TRAINERS, PretrainTrainer, Views
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.loader import PatchLoader
 from nnssl_ext.planners.plan import Configuration
@@ -131,7 +134,7 @@ class Clock:
         return call
 
     def parts(self) -> dict[str, float]:
-        """The step that has ended; what was counted as nothing else is the way back."""
+        """The step that has ended; what was counted as nothing else, the way back above all, is `backward`."""
         rest = self.now() - self.started - sum(self.seconds.values())
         return {**self.seconds, "backward": rest}
 
@@ -156,6 +159,11 @@ class TimedStepper(Stepper):
         self.clock = Clock(device)
         self.task.views = self.clock.timed("views", self.task.views)
         self.module = self.clock.timed("forward", self.module)
+
+    def _views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
+        with self.clock.part("data"):
+            batch = batch.to(self.device)
+        return super()._views(batch, random, train)
 
     def _update(self) -> float:
         with self.clock.part("optimiser"):
