@@ -27,6 +27,7 @@ COMMAND = "make docs"
 REFERENCE = "MAETrainer"
 """The trainer whose step the others' are measured in."""
 KINDS = {"cnn": "U-Net", "vit": "transformer"}
+_COST = "time {time:.1f}x, memory {memory:.1f}x, views {views:.0%} of the time,"
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 _LINK = r"[arXiv:\1](https://arxiv.org/abs/\1)"
 _INTRO = f"""\
@@ -47,13 +48,13 @@ class Cost:
 
     conditions: str
     """How it was measured, in a sentence or two."""
-    steps: Mapping[str, Mapping[str, float]]
-    """By kind of backbone and trainer."""
+    steps: Mapping[str, Mapping[str, Mapping[str, float]]]
+    """By kind of backbone and trainer: `time` and `memory`, and the share of its own time that `views` take."""
 
-    def text(self, kind: str, name: str) -> str:
-        """Such as `1.4x`; `not measured` where a figure is missing."""
+    def text(self, kind: str, name: str, form: str = "{time:.1f}x, {memory:.1f}x, {views:.0%}") -> str:
+        """Such as `1.4x, 1.1x, 3%`; `not measured` where figures are missing."""
         measured = self.steps.get(kind, {})
-        return f"{measured[name]:.1f}x" if name in measured else "not measured"
+        return form.format(**measured[name]) if name in measured else "not measured"
 
 
 def write_methods(docs: Path) -> None:
@@ -97,7 +98,7 @@ def _overview(trainers: Sequence[type[PretrainTrainer]], cost: Cost) -> str:
         rows.append(
             (f"[{name}](#{name.lower()})", info.idea, _kinds(info.encoders), _needs(trainer), " / ".join(costs))
         )
-    head = ("trainer", "idea", "runs on", "data", f"a step costs, in {REFERENCE}'s")
+    head = ("trainer", "idea", "runs on", "data", f"a step's time and memory, in {REFERENCE}'s, and share of views")
     note = f"\n{cost.conditions}\n" if cost.conditions else ""
     return _table(head, rows) + note
 
@@ -125,14 +126,16 @@ def _section(module: Any, members: Sequence[type[PretrainTrainer]], cost: Cost) 
 
 def _facts(trainer: type[PretrainTrainer], cost: Cost) -> str:
     info = trainer.task.info
-    costs = [f"{cost.text(kind, trainer.__name__)} on a {KINDS[kind]}" for kind in KINDS if kind in info.encoders]
+    costs = [
+        f"{cost.text(kind, trainer.__name__, _COST)} on a {KINDS[kind]}" for kind in KINDS if kind in info.encoders
+    ]
     lines = [
         f"**Idea**: {info.idea}.",
         f"**Paper**: {_ARXIV.sub(_LINK, info.paper)}.",
         f"**Runs on**: {_kinds(info.encoders)}.",
         f"**Asks of the data**: {_needs(trainer)}.",
         f"**Goes to fine-tuning**: {_transfers(trainer)}.",
-        f"**Cost of a step**, in steps of {REFERENCE}: {', '.join(costs)}. In memory: {_memory(trainer)}.",
+        f"**Cost of a step**, in steps of {REFERENCE}: {'; '.join(costs)}. It holds {_memory(trainer)}.",
     ]
     if info.choose:
         lines.append(f"**Choose it** {info.choose}")

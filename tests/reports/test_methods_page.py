@@ -55,12 +55,14 @@ def test_masked_autoencoders_as_the_code_has_them(page: str) -> None:
 
 def test_figures_come_from_their_files_or_are_said_to_be_missing(tmp_path: Path) -> None:
     empty = methods_page(tmp_path)
-    assert "not measured on a U-Net, not measured on a transformer" in section(empty, "MAETrainer")
+    assert "not measured on a U-Net; not measured on a transformer" in section(empty, "MAETrainer")
     assert "Does it learn?" not in empty
-    steps = {"cnn": {"MAETrainer": 1.0, "SparkTrainer": 1.26}, "vit": {"MAETrainer": 1.0}}
+    reference, spark = {"time": 1.0, "memory": 1.0, "views": 0.02}, {"time": 1.26, "memory": 1.1, "views": 0.123}
+    steps = {"cnn": {"MAETrainer": reference, "SparkTrainer": spark}, "vit": {"MAETrainer": reference}}
     write_json(tmp_path / COST_FILE, {"conditions": "Measured so.", "steps": steps})
     (tmp_path / LEARNING_FILE).write_text("| a table | of figures |\n")
     full = methods_page(tmp_path)
-    assert "1.3x on a U-Net" in section(full, "SparkTrainer")
+    assert "time 1.3x, memory 1.1x, views 12% of the time, on a U-Net" in section(full, "SparkTrainer")
+    assert "| 1.3x, 1.1x, 12% |" in full
     assert "Measured so." in full
     assert section(full, "Does it learn?").strip() == "| a table | of figures |"
