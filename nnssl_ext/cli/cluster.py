@@ -50,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--plans", type=Path, help="plans that say how to prepare images, where there is no checkpoint")
     fit.add_argument("-c", default="3d_fullres", help="configuration of these plans (default: %(default)s)")
     fit.add_argument("--level", type=int, help="feature map, 0 is the finest (default: the deepest with cells of 4)")
+    fit.add_argument(
+        "--upsampling",
+        choices=("linear", "bilateral"),
+        default="linear",
+        help="how features of cells get to voxels; bilateral: along the edges of the image, at the cost of memory",
+    )
     fit.add_argument("--num_clusters", type=int, default=10, help="clusters, 2 to 255 (default: %(default)s)")
     fit.add_argument("--per_case", type=int, default=200, help="foreground voxels of an image (default: %(default)s)")
     fit.add_argument("--seed", type=int, default=0, help="of the drawn voxels and the starts (default: %(default)s)")
@@ -92,7 +98,9 @@ def _fit(args: argparse.Namespace, files: Sequence[Sequence[Path]], names: Seque
     from nnssl_ext.models.cluster_model import save_clusters
 
     plans = (args.plans, args.c) if args.plans else None
-    model, origin = unfitted_clusters(args.checkpoint, plans, args.module, args.level, args.num_clusters)
+    model, origin = unfitted_clusters(
+        args.checkpoint, plans, args.module, args.level, args.num_clusters, args.upsampling
+    )
     model.to(_device(args.device))
     mapper = ModelMapper(model, origin)
     samples = [

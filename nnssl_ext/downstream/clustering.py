@@ -46,6 +46,7 @@ from nnssl_ext.models.cluster_model import (
 from nnssl_ext.models.clusters import Clusters
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.models.gaussian_scales import GaussianScales
+from nnssl_ext.models.upsampling import Upsampling
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.trainers.patch_clustering import PatchClustering, PatchClusteringTrainer
 from nnssl_ext.trainers.pixel_clustering import PixelClustering, PixelClusteringTrainer
@@ -104,7 +105,9 @@ class ModelMapper(Mapper):
         """See `Mapper`; Gaussian scales are those of the whole volume, a network's features those of windows."""
         if isinstance(self.model.extractor, GaussianScales):
             return _scale_features(self.model.extractor, self.frozen.configuration, self.device, volume)
-        return dense_features(self.frozen, volume, self.model.level)
+        if self.model.upsampling == "linear":  # the map is interpolated as it is
+            return dense_features(self.frozen, volume, self.model.level)
+        return dense_map(self.frozen, self.model.features, volume, (1,) * self.frozen.configuration.dims)
 
     def components(self, cells: torch.Tensor) -> torch.Tensor:
         """See `Mapper`: principal components, so that borders of clusters are not those of cells."""
@@ -183,7 +186,12 @@ def _scale_features(
 
 
 def unfitted_clusters(
-    checkpoint: Path | None, plans: tuple[Path, str] | None, module: str | None, level: int | None, num_clusters: int
+    checkpoint: Path | None,
+    plans: tuple[Path, str] | None,
+    module: str | None,
+    level: int | None,
+    num_clusters: int,
+    upsampling: Upsampling = "linear",
 ) -> tuple[ClusterModel, Origin]:
     """An extractor of features, and clusters of them that have to be fitted.
 
@@ -193,6 +201,7 @@ def unfitted_clusters(
         module: `package.module:name` of a torch module that gives the features.
         level: Feature map; None: the deepest one with cells of 4 voxels or less.
         num_clusters: K, from 2 to 255.
+        upsampling: How features of cells get to voxels.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -216,7 +225,8 @@ def unfitted_clusters(
     if not 0 <= level < len(extractor.channels):
         raise ValueError(f"--level {level} is not there: choose 0 (finest) to {len(extractor.channels) - 1}")
     own = Plan({**plan.raw, "configurations": {configuration.name: _resolved(configuration.raw)}})
-    return ClusterModel(extractor, Clusters(extractor.channels[level], num_clusters), level), Origin(source, own)
+    clusters = Clusters(extractor.channels[level], num_clusters)
+    return ClusterModel(extractor, clusters, level, upsampling), Origin(source, own)
 
 
 def _resolved(configuration: dict[str, object]) -> dict[str, object]:

@@ -19,6 +19,7 @@ from nnssl_ext.models.backbone import build_encoder, is_transformer
 from nnssl_ext.models.clusters import Clusters
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.models.gaussian_scales import GaussianScales
+from nnssl_ext.models.upsampling import Upsampling, upsampled
 from nnssl_ext.planners.plan import Configuration, Plan
 
 SCALES, CHECKPOINT = "scales", "checkpoint"
@@ -33,11 +34,18 @@ class ClusterModel(nn.Module):
         extractor: `GaussianScales`, or what has `channels`, `strides` and `feature_maps` as an `Encoder` has.
         clusters: Of its features.
         level: The feature map that is clustered.
+        upsampling: How the features of its cells get to voxels.
     """
 
-    def __init__(self, extractor: GaussianScales | Encoder, clusters: Clusters, level: int = 0) -> None:
+    def __init__(
+        self,
+        extractor: GaussianScales | Encoder,
+        clusters: Clusters,
+        level: int = 0,
+        upsampling: Upsampling = "linear",
+    ) -> None:
         super().__init__()
-        self.extractor, self.clusters, self.level = extractor, clusters, level
+        self.extractor, self.clusters, self.level, self.upsampling = extractor, clusters, level, upsampling
         self.requires_grad_(False).eval()
 
     @property
@@ -51,7 +59,7 @@ class ClusterModel(nn.Module):
 
     @torch.no_grad()
     def features(self, image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Features of every voxel of crops: those of a network's cells, interpolated linearly.
+        """Features of every voxel of crops: those of a network's cells, upsampled.
 
         Args:
             image: (B, C, *size).
@@ -65,9 +73,7 @@ class ClusterModel(nn.Module):
         size, stride = image.shape[2:], self.extractor.strides[self.level]
         gaps = [-edge % step for edge, step in zip(size, self.extractor.strides[-1], strict=True)]
         padded = functional.pad(torch.where(valid, image, 0), [side for gap in reversed(gaps) for side in (0, gap)])
-        cells = self.extractor.feature_maps(padded)[self.level].float()
-        mode = "trilinear" if len(size) == 3 else "bilinear"
-        values = functional.interpolate(cells, scale_factor=[float(step) for step in stride], mode=mode)
+        values = upsampled(self.extractor.feature_maps(padded)[self.level], padded, stride, self.upsampling)
         return values[(slice(None), slice(None), *(slice(edge) for edge in size))]
 
     @torch.no_grad()
@@ -98,6 +104,7 @@ def save_clusters(path: Path, model: ClusterModel, origin: Origin) -> None:
         "source": origin.source,
         "plan": origin.plan.raw,
         "level": model.level,
+        "upsampling": model.upsampling,
         "clusters": {name: value.cpu() for name, value in model.clusters.state_dict().items()},
         "extractor": {name: value.cpu() for name, value in model.extractor.state_dict().items()},
     }
@@ -130,7 +137,7 @@ def load_clusters(path: Path, module: str | None = None) -> tuple[ClusterModel, 
     state, level = content["clusters"], content["level"]
     clusters = Clusters(extractor.channels[level], len(state["centroids"]), len(state["components"]))
     clusters.load_state_dict(state)
-    return ClusterModel(extractor, clusters, level), origin
+    return ClusterModel(extractor, clusters, level, content["upsampling"]), origin
 
 
 def read_clusters(path: Path) -> Mapping[str, Any] | None:

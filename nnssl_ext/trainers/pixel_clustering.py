@@ -217,8 +217,8 @@ class PixelClustering(PretextTask):
         metrics = cluster_metrics(logits.detach(), classes, asked, self.weights, self.labels.clusters.shares)
         images = None
         if not self.training:
-            predicted = logits.detach().argmax(1, keepdim=True)
-            images = {"input": views["image"], "assignment": (classes + 1) * asked, "prediction": (predicted + 1) * asked}
+            maps = {"assignment": classes, "prediction": logits.detach().argmax(1, keepdim=True)}
+            images = {"input": views["image"], **{name: (each + 1) * asked for name, each in maps.items()}}
         loss = cluster_cross_entropy(logits, classes, asked, self.weights)
         return StepOutput(loss=loss, metrics=metrics, images=images)
 

@@ -201,3 +201,17 @@ def test_a_task_maps_images_by_what_it_has_learned(request, tmp_path, trainer, k
     labels = cluster_map(mapper, features, background=True)
     if likeliest.shape == labels.shape:  # else borders lie between the middles of cells
         assert np.array_equal(labels, likeliest.numpy() + 1)
+
+
+def test_features_are_upsampled_along_edges_where_asked(tmp_path, tiny_plan):
+    """Catches a setting that is lost on the way to the file or to whole images."""
+    plans = (tmp_path / "plans.json", "3d_fullres")
+    tiny_plan().save(plans[0])
+    model, origin = unfitted_clusters(None, plans, f"{__name__}:Pool", None, 3, "bilateral")
+    save_clusters(tmp_path / "clusters.pth", model, origin)
+    mapper = load_mapper(tmp_path / "clusters.pth", f"{__name__}:Pool")
+    image = np.where(np.arange(8) < 5, -1, 1) + np.zeros((1, 16, 24, 8))
+    volume = prepare(mapper.frozen, image.astype(np.float32), UNIT, "a")
+    found = mapper.features(volume).values
+    assert found.shape == (1, 16, 24, 8)
+    assert np.array_equal(found[0] > 0, volume.data[0].numpy() > 0)

@@ -70,23 +70,24 @@ def planted(number: int = 600, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     return torch.from_numpy(points).float(), torch.from_numpy(kinds)
 
 
-def fitted(**settings) -> Clusters:
+def fitted(seed: int = 0, **settings) -> Clusters:
     clusters = Clusters(5, 3, **settings)
-    clusters.fit(planted()[0], seed=0)
+    clusters.fit(planted()[0], seed)
     return clusters
 
 
 def test_planted_gaussians_are_found_in_points_that_were_not_fitted():
     """Catches features that are not standardised (one has 100 times the others' scale), points that are projected
     otherwise than the sample, sizes in another order than the centroids, and an axis of space taken for features."""
-    clusters = fitted()
     points, kinds = planted(seed=1)
-    labels = clusters(points.T.reshape(1, 5, 20, 30))
-    assert labels.shape == (1, 1, 20, 30)
-    pairs = set(zip(labels.flatten().tolist(), kinds.tolist(), strict=True))
-    assert pairs == {(0, 1), (1, 2), (2, 0)}
     shares = torch.bincount(planted()[1], minlength=3)[[1, 2, 0]] / 600
-    torch.testing.assert_close(clusters.shares, shares)
+    for seed in range(4):
+        clusters = fitted(seed)
+        labels = clusters(points.T.reshape(1, 5, 20, 30))
+        assert labels.shape == (1, 1, 20, 30)
+        pairs = set(zip(labels.flatten().tolist(), kinds.tolist(), strict=True))
+        assert pairs == {(0, 1), (1, 2), (2, 0)}
+        torch.testing.assert_close(clusters.shares, shares)
 
 
 def test_the_nearest_centroid_by_plain_loops():
