@@ -82,7 +82,7 @@ def build_checkpoint(
         "nnssl_pretraining": {
             "trainer": type(trainer).__name__,
             "recipe": to_dict(_without_paths(trainer)),
-            "trains_decoder": task.info.trains_decoder and task.encoder.kind == "cnn",
+            "trains_decoder": task.trains_decoder and task.encoder.kind == "cnn",
             "num_cases": task.num_cases,
         },
         "nnssl_content_hashes": sorted(content_hashes),
@@ -94,9 +94,15 @@ def build_checkpoint(
 
 def _without_paths(trainer: PretrainTrainer) -> PretrainTrainer:
     """The recipe without the files that its task was given: where they lie is nobody else's business."""
-    task_config = trainer.task_config
-    paths = [setting.name for setting in fields(task_config) if isinstance(getattr(task_config, setting.name), Path)]
-    return replace(trainer, task_config=replace(task_config, **dict.fromkeys(paths)))
+    values = {setting.name: getattr(trainer.task_config, setting.name) for setting in fields(trainer.task_config)}
+    return replace(trainer, task_config=replace(trainer.task_config, **_pathless(values)))
+
+
+def _pathless(values: Any) -> Any:
+    """The same with None for paths, in dicts at any depth."""
+    if isinstance(values, Mapping):
+        return {name: _pathless(value) for name, value in values.items()}
+    return None if isinstance(values, Path) else values
 
 
 def released(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,8 +112,8 @@ def released(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def citations(trainer: PretrainTrainer, backbone: str) -> list[dict[str, str]]:
     """What to cite when using weights of this trainer on that kind of backbone: type, name and paper of each."""
-    method = {"type": "Pretraining Method", "name": type(trainer).__name__, "paper": trainer.task.info.paper}
-    return [method, dict(ARCHITECTURES[backbone]), *(dict(entry) for entry in FRAMEWORKS)]
+    methods = [{"type": "Pretraining Method", "name": name, "paper": paper} for name, paper in trainer.papers.items()]
+    return [*methods, dict(ARCHITECTURES[backbone]), *(dict(entry) for entry in FRAMEWORKS)]
 
 
 def adaptation_plan(plan: Plan, configuration: Configuration, encoder: Encoder) -> dict[str, Any]:

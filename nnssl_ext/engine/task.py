@@ -53,6 +53,10 @@ class TaskInfo:
     """What it asks of the data; a run on data that cannot give it is refused at the start."""
     choose: str = ""
     """When to choose it, for the documentation: the end of a sentence that begins "Choose it", with a full stop."""
+    pooled: bool = False
+    """Whether its loss sees of the encoder's features one vector of each image alone: the deepest map's mean."""
+    negative: bool = False
+    """Whether its loss may fall below 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,11 @@ class PretextTask(nn.Module, ABC):
     def needs(self) -> DataNeeds:
         """What the loader has to deliver; a subclass may derive it from its config."""
         return self.info.needs
+
+    @property
+    def trains_decoder(self) -> bool:
+        """Whether it trains the decoder of a U-Net that it exports; a subclass may derive it from its config."""
+        return self.info.trains_decoder
 
     @abstractmethod
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
@@ -288,6 +297,11 @@ class PretrainTrainer:
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.num_epochs * self.steps_per_epoch
+
+    @property
+    def papers(self) -> dict[str, str]:
+        """What to cite for weights that it trained: names of methods and where they were published."""
+        return {type(self).__name__: self.task.info.paper}
 
     def step_cost(self, configuration: Configuration) -> StepCost:
         """What a step holds in memory with these settings; `cost` is that of the default ones."""

@@ -196,7 +196,8 @@ def _own_settings(trainer: type[PretrainTrainer]) -> str:
 def _settings(rows: Iterable[FieldDescription], on_transformer: Mapping[str, Any]) -> str:
     lines = []
     for row in rows:
-        default = f"`{row.default}`"
+        nested = isinstance(row.default, Mapping) and row.default
+        default = f"those of {', '.join(row.default)}" if nested else f"`{row.default}`"
         if row.name in on_transformer:
             default += f"; transformer: `{on_transformer[row.name]}`"
         lines.append((f"`{row.name}`", default, " ".join(row.doc.split())))

@@ -65,6 +65,7 @@ class CPC(PretextTask):
         choose="among the predictive methods where crops are large and a step may cost several passes: it does not "
         "saturate, since candidates are all cells of the batch.",
         encoders={"cnn", "vit"},
+        pooled=True,
     )
     config: CPCConfig
 

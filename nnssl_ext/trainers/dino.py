@@ -297,6 +297,7 @@ class DINOv2(DINO):
         paper="arXiv:2304.07193",
         choose="where descriptors and dense features are wanted from one network. It pretrains no decoder.",
         encoders={"cnn", "vit"},
+        negative=True,  # KoLeo
     )
     config: DINOv2Config
     koleo_factor: torch.Tensor

@@ -82,6 +82,7 @@ class Exemplar(PretextTask):
         choose="as a reference among the predictive methods. It is soon solved where cases differ at a glance, and "
         "then teaches nothing more; the log says so.",
         encoders={"cnn", "vit"},
+        pooled=True,
     )
     config: ExemplarConfig
 

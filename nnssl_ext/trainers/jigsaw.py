@@ -65,6 +65,7 @@ class Jigsaw(PretextTask):
         choose="as a reference among the predictive methods, where crops show much of the anatomy: what is learned is "
         "where a piece belongs.",
         encoders={"cnn", "vit"},
+        pooled=True,
     )
     config: JigsawConfig
     permutations: torch.Tensor

@@ -93,6 +93,7 @@ class PCRLv2(PretextTask):
         choose="where one feature per crop should know of structure and of detail. It hands over no decoder, since its "
         "own has no skip connections.",
         encoders={"cnn", "vit"},
+        negative=True,
     )
     config: PCRLv2Config
     beta: torch.Tensor

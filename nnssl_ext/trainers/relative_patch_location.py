@@ -58,6 +58,7 @@ class RelativePatchLocation(PretextTask):
         paper="arXiv:2006.03829",
         choose="as a cheap reference among the predictive methods: a step sees two cells of each crop.",
         encoders={"cnn", "vit"},
+        pooled=True,
     )
     config: RelativePatchLocationConfig
 

@@ -54,6 +54,7 @@ class Rotation(PretextTask):
         choose="as a cheap reference. It is soon solved where anatomy tells the orientation at a glance, and then "
         "teaches nothing more; the log says so.",
         encoders={"cnn", "vit"},
+        pooled=True,
     )
     config: RotationConfig
 

@@ -86,6 +86,7 @@ class SimCLR(PretextTask):
         choose="where one descriptor per scan is the aim and there are hundreds of cases: it learns from telling them "
         "apart. It pretrains no decoder.",
         encoders={"cnn", "vit"},
+        pooled=True,
     )
     config: SimCLRConfig
 

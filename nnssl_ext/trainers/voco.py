@@ -80,6 +80,7 @@ class VoCo(PretextTask):
         choose="where crops show whole organs that lie alike in all patients, as in CT of the trunk: it learns where "
         "in the body it is. It pretrains no decoder.",
         encoders={"cnn", "vit"},
+        pooled=True,
     )
     config: VoCoConfig
 
