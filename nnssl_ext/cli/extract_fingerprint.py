@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from nnssl_ext.cli.common import command
 
 DEFAULT_PROCESSES = 8
+"""nnU-Net's number; each may hold six volumes in memory."""
 SHOWN_PROBLEMS = 20
 
 
@@ -52,9 +53,7 @@ def run(dataset: str, arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: If cases failed and `--skip_failed` is not given, or none can be used.
     """
-    import os
-
-    from nnssl_ext.core.executor import make_executor
+    from nnssl_ext.core.executor import available_cores, make_executor
     from nnssl_ext.core.logs import configure_logging
     from nnssl_ext.core.paths import find_dataset, preprocessed_root, raw_root
     from nnssl_ext.dataset.manifest import Manifest
@@ -64,7 +63,7 @@ def run(dataset: str, arguments: argparse.Namespace) -> None:
     configure_logging()
     manifest = Manifest.load(find_dataset(dataset, raw_root()))
     folder = preprocessed_root() / manifest.dataset_name
-    processes = min(os.cpu_count() or 1, DEFAULT_PROCESSES) if arguments.np is None else arguments.np
+    processes = min(available_cores(), DEFAULT_PROCESSES) if arguments.np is None else arguments.np
     with make_executor(processes, arguments.scheduler, arguments.cluster) as executor:
         fingerprint = extract_fingerprint(manifest, folder, executor)
     print(f"{manifest.dataset_name}: {len(fingerprint.cases)} of {len(manifest.cases)} cases described")

@@ -54,14 +54,12 @@ def run(dataset: str, plans_name: str, arguments: argparse.Namespace) -> None:
         FileNotFoundError: If dataset or plans are missing.
         ValueError: If cases failed and `--skip_failed` is not given, or none can be used.
     """
-    import os
-
-    from nnssl_ext.core.executor import make_executor
+    from nnssl_ext.core.executor import available_cores, make_executor
     from nnssl_ext.core.logs import configure_logging
     from nnssl_ext.preprocessing.run import preprocess_configurations
 
     configure_logging()
-    processes = min(os.cpu_count() or 1, DEFAULT_PROCESSES) if arguments.np is None else arguments.np
+    processes = min(available_cores(), DEFAULT_PROCESSES) if arguments.np is None else arguments.np
     with make_executor(processes, arguments.scheduler, arguments.cluster) as executor:
         stores = preprocess_configurations(
             dataset,

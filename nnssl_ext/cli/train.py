@@ -294,15 +294,16 @@ def run_trainer_name(args: argparse.Namespace, sham: bool) -> str:
 def _device(args: argparse.Namespace) -> str:
     import torch
 
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args.device or ("cuda" if args.num_gpus > 1 or torch.cuda.is_available() else "cpu")
 
 
 def _settings(args: argparse.Namespace) -> RunSettings:
+    from nnssl_ext.core.executor import available_cores
     from nnssl_ext.core.records import from_dict
     from nnssl_ext.engine.run import RunSettings
 
     device = _device(args)
-    workers = 0 if device == "cpu" else min(DEFAULT_GPU_WORKERS, os.cpu_count() or 1)
+    workers = 0 if device == "cpu" else min(DEFAULT_GPU_WORKERS, available_cores())
     values = {
         "device": device,
         "precision": args.precision,

@@ -68,6 +68,11 @@ def make_executor(num_processes: int, scheduler: str | None = None, cluster: str
     return LocalExecutor(num_processes) if num_processes else InlineExecutor()
 
 
+def available_cores() -> int:
+    """Cores that this process may use, which on a cluster are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def guarded(function: Callable[..., Any], key: str, arguments: tuple[Any, ...]) -> TaskResult:
     """Calls a function and turns an exception into a result, with its trace unless data or disk explain it."""
     try:

@@ -202,6 +202,13 @@ class TestOnData:
         assert run("999", "3d_fullres", *self.QUICK, "-num_gpus", "2", "--precision", "fp16") == 2
         assert "CUDA" in capsys.readouterr().err
 
+    def test_several_gpus_are_not_taken_for_several_cpus(self, monkeypatch, capsys):
+        """Planted fault: without a GPU, `-num_gpus 2` trained in two processes on the CPU."""
+        monkeypatch.setattr("nnssl_ext.engine.distributed.torchrun", lambda *_: pytest.fail("it was started"))
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        assert run("999", "3d_fullres", "-num_gpus", "2") == 2
+        assert "torch sees no CUDA GPU. Use -device cpu" in capsys.readouterr().err
+
     def test_a_stopped_run_ends_with_the_stated_status_and_goes_on(self, monkeypatch):
         from nnssl_ext.engine.steps import Stepper
 
