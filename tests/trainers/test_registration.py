@@ -10,7 +10,7 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.evaluation.learning import gate
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.fields import affine_field, warp
-from nnssl_ext.models.registration import RegistrationHead
+from nnssl_ext.models.registration import Deformation, RegistrationHead
 from nnssl_ext.trainers.registration import Registration, RegistrationConfig, RegistrationTrainer
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12, 13))
@@ -157,6 +157,22 @@ def test_the_untouched_likeness_is_that_of_the_images_as_they_are(tiny_plan, pat
     assert output.metrics["ncc_untouched"].item() == pytest.approx(1, abs=1e-3)
     assert {"fixed", "moving", "warped"} <= set(output.images)
     torch.testing.assert_close(output.images["warped"], output.images["moving"], atol=1e-2, rtol=1e-2)
+
+
+def test_the_velocity_is_smooth_in_millimetres_of_the_plan(tiny_plan):
+    """Of a velocity that grows by .1 voxels of 3 mm along its axis for every voxel of .5 mm along the other one: .6, of
+    one component and one axis of two each. Catches gradients in voxels, .1 here, and the padding's."""
+    plan = tiny_plan((24, 16))
+    configuration = {**plan.raw["configurations"]["2d"], "spacing": [3.0, 0.5]}
+    task = make_task(replace(plan, raw={**plan.raw, "configurations": {"2d": configuration}}))
+    velocity = torch.zeros(1, 2, 12, 8)
+    velocity[:, 0] = 0.1 * torch.arange(8)
+    velocity[:, :, 6:] = 9 * torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    real = torch.zeros(1, 1, 24, 16, dtype=torch.bool)
+    real[:, :, :12] = True
+    nothing = torch.zeros(1)
+    found = task._roughness(Deformation(nothing, velocity, nothing), real)
+    assert found.item() == pytest.approx(0.6**2 / 4, rel=1e-4)
 
 
 def test_air_need_not_look_alike(tiny_plan):
