@@ -143,7 +143,10 @@ class CroCo(PretextTask):
         first, second = self._pair(batch, random, train)
         if train:
             first, second = (
-                replace(view, data=intensity_view(view.data, view.valid, random.child(name), self.config.intensity))
+                replace(
+                    view,
+                    data=intensity_view(view.data, view.valid, random.child(name), self.config.intensity, inplace=True),
+                )
                 for name, view in (("first", first), ("second", second))
             )
         token_size, mask = self.encoder.token_size, random.child("mask")

@@ -168,7 +168,9 @@ class DenseContrastive(PretextTask):
         mirrored = self._mirrored(batch, where, first, second) if config.mirror else {}
         if train:
             first, second = (
-                replace(view, data=intensity_view(view.data, view.valid, random.child(name), config.intensity))
+                replace(
+                    view, data=intensity_view(view.data, view.valid, random.child(name), config.intensity, inplace=True)
+                )
                 for name, view in (("first", first), ("second", second))
             )
         views = {

@@ -196,7 +196,7 @@ class PatchClustering(PretextTask):
         if MEASURED in self.configuration.normalization_schemes:
             intensity = replace(intensity, brightness=0, contrast=0, gamma=0)
         for name, view in (("first", first), ("second", second)):
-            views[name] = intensity_view(view.data, view.valid, random.child(name), intensity)
+            views[name] = intensity_view(view.data, view.valid, random.child(name), intensity, inplace=True)
         return views
 
     def forward(self, views: Views) -> StepOutput:

@@ -152,7 +152,9 @@ class PCRLv2(PretextTask):
             noisy = noise_by_boxes(changed, view.valid, draws, boxes=config.boxes, sides=config.box_sides, around=False)
             views[f"global{number}"] = noisy.masked_fill(~view.valid, 0)
         for number, view in enumerate(small):
-            views[f"local{number}"] = intensity_view(view.data, view.valid, random.child(f"change{number}"), intensity)
+            views[f"local{number}"] = intensity_view(
+                view.data, view.valid, random.child(f"change{number}"), intensity, inplace=True
+            )
         return views
 
     def forward(self, views: Views) -> StepOutput:

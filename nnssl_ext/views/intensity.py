@@ -70,19 +70,22 @@ class IntensityConfig:
             raise ValueError(f"low_resolution_range={self.low_resolution_range} must end at 1 or below.")
 
 
-def intensity_view(data: Tensor, valid: Tensor, random: SampleRandom, config: IntensityConfig) -> Tensor:
-    """A copy of the batch with changed intensities.
+def intensity_view(
+    data: Tensor, valid: Tensor, random: SampleRandom, config: IntensityConfig, *, inplace: bool = False
+) -> Tensor:
+    """The batch with changed intensities.
 
     Args:
         data: (B, C, *crop), z-scored or alike.
         valid: (B, 1, *crop), bool.
         random: Keyed by sample.
         config: What may happen.
+        inplace: Whether the data are no longer needed as they were, so that their memory is used.
 
     Returns:
         (B, C, *crop), 0 where invalid.
     """
-    changed = data.clone(memory_format=torch.contiguous_format)
+    changed = data if inplace and data.is_contiguous() else data.clone(memory_format=torch.contiguous_format)
     scratch = changed.new_empty(2, *data.shape[2:])
     samples = [_volumes(row, real, scratch) for row, real in zip(changed, valid[:, 0], strict=True)]
     changes = _changes(config)

@@ -139,7 +139,8 @@ def multi_crop(
         view = random_crop(batch.data, batch.valid, batch.spacing, draws, scale, size, spatial)
         if not augment:
             return view
-        return replace(view, data=intensity_view(view.data, view.valid, draws.child("intensity"), intensity))
+        changed = intensity_view(view.data, view.valid, draws.child("intensity"), intensity, inplace=True)
+        return replace(view, data=changed)
 
     large = [cut(f"global{number}", config.global_scale, sizes[0]) for number in range(NUM_GLOBALS)]
     return large, [cut(f"local{number}", config.local_scale, sizes[1]) for number in range(config.num_locals)]

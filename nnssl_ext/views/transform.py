@@ -36,7 +36,7 @@ class SpatialTransform:
     """Rows of the batch that are cut and flipped along these axes, and otherwise as they are: copied, not
     interpolated."""
 
-    def of(self, rows: Sequence[int]) -> SpatialTransform:
+    def of(self, rows: slice | Sequence[int]) -> SpatialTransform:
         """The transform of some rows of the batch, all to be interpolated."""
         displacement = None if self.displacement is None else self.displacement[rows]
         return SpatialTransform(self.size, self.matrix[rows], self.centre[rows], displacement)
@@ -115,7 +115,8 @@ def apply_transform(data: Tensor, valid: Tensor, transform: SpatialTransform) ->
         sampled[row] = _cut(data[row], transform, row).flip(axes)
         inside[row] = _cut(valid[row], transform, row).flip(axes)
     moved = [row for row in range(len(data)) if row not in transform.unmoved]
-    for rows in [[row] for row in moved] if data.device.type == "cpu" else [moved] * bool(moved):
+    alone = [slice(row, row + 1) for row in moved]  # of which, other than of rows by number, nothing is copied
+    for rows in alone if data.device.type == "cpu" else [moved] * bool(moved):
         sampled[rows], inside[rows] = _interpolate(data[rows], valid[rows], transform.of(rows))
     return SpatialView(sampled.masked_fill_(~inside, 0), inside, transform)
 

@@ -124,6 +124,18 @@ def test_how_the_input_lies_in_memory_makes_no_difference() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["noise", "blur", "low_resolution", "gamma"])
+def test_in_place_gives_the_same_in_the_same_memory(name: str) -> None:
+    data, valid = crops(SHAPES[0])
+    valid[0, :, :5] = False
+    expected = intensity_view(data, valid, RANDOM, always(name))
+    result = intensity_view(data, valid, RANDOM, always(name), inplace=True)
+    assert result is data
+    assert torch.equal(result, expected)
+    lying = expected.transpose(-1, -2)
+    assert intensity_view(lying, valid.transpose(-1, -2), RANDOM, always(name), inplace=True) is not lying
+
+
 def test_only_drawn_samples_change_and_the_input_never_does() -> None:
     data, valid = crops((6, 6), 300)
     random = SampleRandom(0, 0, tuple(range(300)))

@@ -239,6 +239,21 @@ def test_threads_share_a_sample_and_change_nothing(shape) -> None:
         assert torch.equal(valid, expected[1])
 
 
+def test_every_thread_has_its_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted fault: a sample left to one thread, which changes no number."""
+    slabs, plain = [], torch.nn.functional.grid_sample
+
+    def spy(data: torch.Tensor, grid: torch.Tensor, **options: object) -> torch.Tensor:
+        slabs.append(len(grid))
+        return plain(data, grid, **options)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr("nnssl_ext.views.transform.F.grid_sample", spy)
+    data, valid = crops((12, 10, 9))
+    spatial_view(data, valid, spacing(3), RANDOM, replace(UNMOVED, rotation=1), (12, 10, 9))
+    assert slabs == [4] * BATCH
+
+
 def test_probabilities_are_those_of_samples() -> None:
     batch = 400
     valid = torch.ones(batch, 1, 4, 4, dtype=torch.bool)
