@@ -5,9 +5,10 @@ decoder pooled features of one crop predict those of the other, and of six small
 scale, drawn for each pair. At the scale drawn for the large pair a coarse restoration is asked for as well, whose
 weight falls to 0 over the run.
 
-Paper: Zhou et al. 2023 (arXiv:2301.00772). Other than there, pooled features are standardised by running moments and
-not by the batch, which is too small; the output has no sigmoid, since images are z-scored; the damage is noise in
-boxes, beside changes of intensity; and the weight of the coarse restoration falls step by step over whatever length.
+Paper: Zhou et al. 2023 (arXiv:2301.00772). Other than there, pooled features are scaled by running moments and not by
+the batch, which is too small, and by the batch they are centred alone; the output has no sigmoid, since images are
+z-scored; the damage is noise in boxes, beside changes of intensity; and the weight of the coarse restoration falls step
+by step over whatever length.
 """
 
 from __future__ import annotations
@@ -103,9 +104,15 @@ class PCRLv2(PretextTask):
         """Builds encoder, decoder, and at each scale a predictor and an output.
 
         Raises:
-            ValueError: Where the network cannot be built, or the views do not fit it.
+            ValueError: Where the network cannot be built, the views do not fit it, or views are to agree and the batch
+                is a single crop.
         """
         super().__init__(config, configuration, num_cases)
+        if config.agreement_weight and configuration.batch_size < 2:
+            raise ValueError(
+                "a batch of 1 has no other case to tell from what all cases share: use a -batch_size of 2 or more, or "
+                "--set agreement_weight=0"
+            )
         self.encoder = build_encoder(configuration)
         self.parent_scale = config.crops.parent_scale
         self.sizes = view_sizes(config.crops, configuration.patch_size, self.encoder.strides[-1])
@@ -190,6 +197,9 @@ class PCRLv2(PretextTask):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Embeddings]:
         """Agreement of the global pair and the mean over the others, each pair at the scale that was drawn for it.
 
+        Features of global views are compared less their mean over the batch, those of local ones less theirs: what all
+        share, size among it, would be agreed upon first, and a running mean can be outrun.
+
         Args:
             pooled: At each scale (views * B, width), of global views first.
             partner: (B,).
@@ -200,11 +210,12 @@ class PCRLv2(PretextTask):
         for features, standard, predictor in zip(pooled, self.standards, self.predictors, strict=True):
             features = features.unflatten(0, (-1, len(partner)))
             with torch.autocast(features.device.type, enabled=False):
-                wanted = standard(features)
+                scaled = standard(features)
+                wanted = torch.cat([kind - kind.mean((0, 1)) for kind in scaled.tensor_split([NUM_GLOBALS])])
                 predicted = predictor(wanted)
             found.append(agreements(wanted, predicted, partner)[one, other])
             elsewhere.append(agreements(wanted, predicted, partner.roll(1))[0, 1].detach())
-            shown.append(wanted.detach())
+            shown.append(scaled[:NUM_GLOBALS].detach())
             if self.training:
                 standard.collect(features)
         chosen = torch.stack(found).gather(0, scale.T[None])[0].mean(1)
@@ -213,7 +224,7 @@ class PCRLv2(PretextTask):
             "agreement": torch.stack(found)[:, 0].mean().detach(),
             "agreement_chance": torch.stack(elsewhere).mean(),
         }
-        first, second = torch.cat(shown, -1)[:NUM_GLOBALS].unbind(0)
+        first, second = torch.cat(shown, -1).unbind(0)
         return agreement, metrics, Embeddings(first=first, second=second)
 
     def _coarse(self, maps: Sequence[torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
@@ -246,7 +257,10 @@ def by_sample(tensor: torch.Tensor) -> torch.Tensor:
 
 @TRAINERS.register
 class PCRLv2Trainer(PretrainTrainer):
-    """PCRLv2 with AdamW at 1e-3, warm-up and a cosine over 240 epochs; on a transformer as masked autoencoders."""
+    """PCRLv2 with AdamW at 1e-3, warm-up and a cosine over 240 epochs; on a transformer as masked autoencoders.
+
+    Takes a batch of 2 or more on each rank, for crops of one case share too much; without the agreement, of any size.
+    """
 
     task = PCRLv2
     cost = StepCost(views=2.75, copies=1, decoder=True)
