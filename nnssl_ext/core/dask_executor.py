@@ -24,7 +24,7 @@ class DaskExecutor:
         cluster: A key of `CLUSTERS`; queue, memory and walltime come from Dask's own `jobqueue.yaml`.
 
     Raises:
-        ValueError: If Dask is not installed or the cluster is unknown.
+        ValueError: If Dask is not installed, the cluster is unknown, or its jobs are not described.
     """
 
     def __init__(self, num_jobs: int, *, scheduler: str | None = None, cluster: str | None = None) -> None:
@@ -73,6 +73,12 @@ def _start_cluster(name: str, num_jobs: int) -> Any:
         raise ValueError(f"cluster {name!r} is unknown. Valid: {', '.join(CLUSTERS)}")
     import dask_jobqueue
 
-    cluster = getattr(dask_jobqueue, CLUSTERS[name])()
+    try:
+        cluster = getattr(dask_jobqueue, CLUSTERS[name])()
+    except ValueError as error:
+        raise ValueError(
+            f"Dask cannot start {name} jobs: {error}. Give cores, memory and queue of a job under jobqueue: {name}: in "
+            "~/.config/dask/jobqueue.yaml (docs/data_format.md)"
+        ) from error
     cluster.scale(jobs=max(1, num_jobs))
     return cluster

@@ -94,6 +94,15 @@ def test_jobs_are_asked_for_and_given_back(monkeypatch):
     assert "closed" in log
 
 
+def test_jobs_that_are_not_described_name_the_file(monkeypatch):
+    def undescribed():
+        raise ValueError("You must specify how much cores and memory")
+
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", SimpleNamespace(SLURMCluster=undescribed))
+    with pytest.raises(ValueError, match=r"how much cores.*jobqueue: slurm: in ~/.config/dask/jobqueue.yaml"):
+        make_executor(1, cluster="slurm")
+
+
 @pytest.mark.parametrize("missing", ["distributed", "dask_jobqueue"])
 def test_what_is_not_installed_is_named_with_the_command(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
