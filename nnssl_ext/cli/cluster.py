@@ -58,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--num_clusters", type=int, default=10, help="clusters, 2 to 255 (default: %(default)s)")
     fit.add_argument("--per_case", type=int, default=200, help="foreground voxels of an image (default: %(default)s)")
+    fit.add_argument(
+        "--background_std",
+        type=float,
+        default=0.05,
+        help="voxels around which z-scored intensities deviate by less are background (default: %(default)s)",
+    )
     fit.add_argument("--seed", type=int, default=0, help="of the drawn voxels and the starts (default: %(default)s)")
     predict.add_argument("-o", type=Path, default=Path(), metavar="FOLDER", help="where to write (default: here)")
     predict.add_argument("--background", action="store_true", help="map the background, too")
@@ -93,13 +99,15 @@ def _names(files: Sequence[Sequence[Path]]) -> list[str]:
 def _fit(args: argparse.Namespace, files: Sequence[Sequence[Path]], names: Sequence[str]) -> None:
     if args.per_case < 1:
         raise ValueError(f"--per_case {args.per_case} must be 1 or more")
+    if args.background_std < 0:
+        raise ValueError(f"--background_std {args.background_std} must be 0 or more")
     from nnssl_ext.core.logs import track
     from nnssl_ext.downstream.clustering import ModelMapper, drawn_voxels, fit_clusters, unfitted_clusters
     from nnssl_ext.models.cluster_model import save_clusters
 
     plans = (args.plans, args.c) if args.plans else None
     model, origin = unfitted_clusters(
-        args.checkpoint, plans, args.module, args.level, args.num_clusters, args.upsampling
+        args.checkpoint, plans, args.module, args.level, args.num_clusters, args.upsampling, args.background_std
     )
     model.to(_device(args.device))
     mapper = ModelMapper(model, origin)
@@ -143,7 +151,6 @@ def _device(name: str) -> str:
 
 
 def _features(mapper: Mapper, image: Sequence[Path], name: str) -> FeatureMap:
-    from nnssl_ext.downstream.features import prepare
     from nnssl_ext.imageio import read_image
 
-    return mapper.features(prepare(mapper.frozen, *read_image(image), name))
+    return mapper.features(mapper.prepare(*read_image(image), name))

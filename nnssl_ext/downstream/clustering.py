@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import ceil, floor
 from pathlib import Path
@@ -28,12 +29,14 @@ from nnssl_ext.downstream.features import (
     dense_features,
     dense_map,
     feature_map,
+    prepare,
 )
 from nnssl_ext.downstream.frozen import Frozen, freeze, frozen_encoder, load_frozen
 from nnssl_ext.downstream.grids import Grid, by_rows, image_grid, interpolate
 from nnssl_ext.downstream.layers import shown
 from nnssl_ext.engine.checkpoint import load_checkpoint
 from nnssl_ext.engine.task import TRAINERS
+from nnssl_ext.imageio import Geometry
 from nnssl_ext.models.cluster_model import (
     CHECKPOINT,
     SCALES,
@@ -50,12 +53,15 @@ from nnssl_ext.models.upsampling import Upsampling
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.trainers.patch_clustering import PatchClustering, PatchClusteringTrainer
 from nnssl_ext.trainers.pixel_clustering import PixelClustering, PixelClusteringTrainer
+from nnssl_ext.views.occupancy import occupied_cells
 
 ClusterTask = PatchClustering | PixelClustering
 LEARNS_CLUSTERS = (PatchClusteringTrainer.__name__, PixelClusteringTrainer.__name__)
 """Trainers whose checkpoints map images."""
 SLICES_AT_ONCE = 32
 """Slices of a volume whose Gaussian scales are computed together; bounds the memory."""
+TEXTURED_SHARE = 0.5
+"""Of a cell; here cells are voxels."""
 MOST_CLUSTERS = 255
 """That a map of bytes can name beside the background."""
 
@@ -66,10 +72,35 @@ class Mapper(ABC):
     Attributes:
         frozen: How images are prepared, and on which windows they are looked at.
         num_clusters: K.
+        background_std: Voxels around which prepared intensities deviate by less are background.
     """
 
     frozen: Frozen
     num_clusters: int
+    background_std: float
+
+    def prepare(self, image: npt.NDArray[np.float32], geometry: Geometry, name: str) -> Volume:
+        """A prepared image whose foreground is what is not flat, or foreground by the rule of the fingerprint.
+
+        In training only the former is known. The latter tells bright from dark, and in a scan without air around the
+        darker tissues would be background; but the inside of an organ may be flat beside all that is around.
+
+        Args:
+            image: (C, Z, Y, X), as it was read.
+            geometry: Of the image.
+            name: For messages.
+
+        Raises:
+            ValueError: As `features.prepare`.
+        """
+        volume, configuration = prepare(self.frozen, image, geometry, name), self.frozen.configuration
+        real = volume.place.known.permute(configuration.transpose_forward)[None]
+        data, valid = (each.movedim(1, 0) if configuration.dims == 2 else each[None] for each in (volume.data, real))
+        found = occupied_cells(data, valid, (1,) * configuration.dims, self.background_std, TEXTURED_SHARE)
+        texture = found[:, 0] if configuration.dims == 2 else found[0, 0]
+        textured = texture.permute(configuration.transpose_backward)
+        place = replace(volume.place, foreground=volume.place.foreground | textured)
+        return replace(volume, place=place)
 
     @abstractmethod
     def features(self, volume: Volume) -> FeatureMap:
@@ -95,6 +126,7 @@ class ModelMapper(Mapper):
     def __init__(self, model: ClusterModel, origin: Origin) -> None:
         self.model, self.num_clusters = model, model.num_clusters
         self.frozen = Frozen(cast(Encoder, model.extractor), origin.plan, origin.configuration)
+        self.background_std = origin.background_std
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +161,7 @@ class TaskMapper(Mapper):
     def __init__(self, task: ClusterTask, plan: Plan) -> None:
         self.task = task
         self.frozen = freeze(task.encoder, plan, task.configuration)
-        self.num_clusters = task.num_clusters
+        self.num_clusters, self.background_std = task.num_clusters, task.config.background_std
 
     def features(self, volume: Volume) -> FeatureMap:
         """See `Mapper`: probabilities of the clusters, of overlapping windows."""
@@ -192,6 +224,7 @@ def unfitted_clusters(
     level: int | None,
     num_clusters: int,
     upsampling: Upsampling = "linear",
+    background_std: float = 0.05,
 ) -> tuple[ClusterModel, Origin]:
     """An extractor of features, and clusters of them that have to be fitted.
 
@@ -202,6 +235,7 @@ def unfitted_clusters(
         level: Feature map; None: the deepest one with cells of 4 voxels or less.
         num_clusters: K, from 2 to 255.
         upsampling: How features of cells get to voxels.
+        background_std: Voxels around which intensities deviate by less are background, 0 or more.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -226,7 +260,7 @@ def unfitted_clusters(
         raise ValueError(f"--level {level} is not there: choose 0 (finest) to {len(extractor.channels) - 1}")
     own = Plan({**plan.raw, "configurations": {configuration.name: _resolved(configuration.raw)}})
     clusters = Clusters(extractor.channels[level], num_clusters)
-    return ClusterModel(extractor, clusters, level, upsampling), Origin(source, own)
+    return ClusterModel(extractor, clusters, level, upsampling), Origin(source, own, background_std)
 
 
 def _resolved(configuration: dict[str, object]) -> dict[str, object]:
@@ -236,7 +270,7 @@ def _resolved(configuration: dict[str, object]) -> dict[str, object]:
 def drawn_voxels(features: FeatureMap, number: int, seed: int) -> torch.Tensor:
     """Features of that many foreground voxels, or of all where there are fewer, drawn by the image's name: (n, D).
 
-    They are drawn on the prepared image, and the features of cells are interpolated linearly.
+    They are drawn on the prepared image of `Mapper.prepare`, and the features of cells are interpolated linearly.
     """
     place = features.place
     where = np.argwhere((place.known & place.foreground).numpy())

@@ -90,6 +90,8 @@ class Origin:
     """What the features come from: `scales`, `checkpoint`, or `package.module:name` of a module."""
     plan: Plan
     """With the one configuration by which images are prepared."""
+    background_std: float
+    """Voxels around which prepared intensities deviate by less are background, 0 or more."""
 
     @property
     def configuration(self) -> Configuration:
@@ -103,6 +105,7 @@ def save_clusters(path: Path, model: ClusterModel, origin: Origin) -> None:
     content = {
         "source": origin.source,
         "plan": origin.plan.raw,
+        "background_std": origin.background_std,
         "level": model.level,
         "upsampling": model.upsampling,
         "clusters": {name: value.cpu() for name, value in model.clusters.state_dict().items()},
@@ -126,7 +129,7 @@ def load_clusters(path: Path, module: str | None = None) -> tuple[ClusterModel, 
     content = read_clusters(path)
     if content is None:
         raise ValueError(f"{path} holds no clusters: make some by nnssl_cluster fit IMAGE ... -o clusters.pth")
-    origin = Origin(content["source"], Plan(content["plan"]))
+    origin = Origin(content["source"], Plan(content["plan"]), content["background_std"])
     if origin.source not in (SCALES, CHECKPOINT, module):
         raise ValueError(
             f"{path} takes its features from the module {origin.source}, whose code would be run: allow it by "

@@ -157,16 +157,16 @@ class PixelClustering(PretextTask):
             (B, 1, *patch), bool; for a transformer also `kept`, the tokens without padding.
         """
         seen, labels = self._swapped(batch, random, train) if self.config.swapped else self._plain(batch, random, train)
-        image, valid = (torch.cat([getattr(each, name) for each in seen]) for name in ("data", "valid"))
+        images, valid = [each.data for each in seen], torch.cat([each.valid for each in seen])
         classes = torch.cat(labels)
         if train:
-            changed = [
-                intensity_view(each.data, each.valid, random.child(f"intensity{number}"), self._intensity())
+            intensity = self._intensity()
+            images = [
+                intensity_view(each.data, each.valid, random.child(f"intensity{number}"), intensity, inplace=True)
                 for number, each in enumerate(seen)
             ]
-            image = torch.cat(changed)
         asked = valid & (classes != NOTHING)
-        views = {"image": image, "classes": torch.where(asked, classes, 0), "asked": asked, "valid": valid}
+        views = {"image": torch.cat(images), "classes": torch.where(asked, classes, 0), "asked": asked, "valid": valid}
         if is_transformer(self.encoder):
             views["kept"] = whole_places(valid, self.encoder.token_size)
         return views

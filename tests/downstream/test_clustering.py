@@ -18,6 +18,7 @@ from nnssl_ext.downstream.grids import Grid, coarser, image_grid
 from nnssl_ext.engine.checkpoint import build_checkpoint, save_checkpoint
 from nnssl_ext.imageio import Geometry
 from nnssl_ext.models.cluster_model import ClusterModel, Origin, load_clusters, save_clusters
+from nnssl_ext.planners.plan import Plan
 from nnssl_ext.trainers.patch_clustering import PatchClusteringTrainer
 from nnssl_ext.trainers.pixel_clustering import PixelClusteringTrainer
 
@@ -119,7 +120,7 @@ def test_a_file_holds_all_that_a_map_takes_and_mapping_changes_nothing(tmp_path,
     features = [mapper.features(prepare(mapper.frozen, image, UNIT, "ab"[n])) for n, image in enumerate(images)]
     fit_clusters(model, [drawn_voxels(each, 50, seed=0) for each in features], seed=0)
     path = tmp_path / "clusters.pth"
-    save_clusters(path, model, Origin("scales", mapper.frozen.plan))
+    save_clusters(path, model, Origin("scales", mapper.frozen.plan, 0.05))
     before = path.read_bytes()
     loaded = load_mapper(path)
     maps = [cluster_map(loaded, each) for each in features]
@@ -215,3 +216,22 @@ def test_features_are_upsampled_along_edges_where_asked(tmp_path, tiny_plan):
     found = mapper.features(volume).values
     assert found.shape == (1, 16, 24, 8)
     assert np.array_equal(found[0] > 0, volume.data[0].numpy() > 0)
+
+
+@pytest.mark.parametrize("size", [(16, 24, 8), (24, 16)], ids=["3d", "2d"])
+def test_flat_air_is_background_and_dark_tissue_is_not(tmp_path, tiny_plan, size):
+    """Flat air, dark tissue, and bright tissue that is flat in a part. Catches a rule that takes the darker tissue for
+    background, as that of the fingerprint does, or what is flat, as texture alone does, and axes mixed up."""
+    plan = tiny_plan(size)
+    plan = Plan({**plan.raw, "transpose_forward": [1, 2, 0], "transpose_backward": [2, 0, 1]})
+    plan.save(tmp_path / "plans.json")
+    model, origin = unfitted_clusters(None, (tmp_path / "plans.json", plan.configuration_names[0]), None, None, 3)
+    mapper = ModelMapper(model, origin)
+    image = np.random.default_rng(0).normal(scale=20, size=(1, 30, 34, 28)).astype(np.float32)
+    image[:, :, 20:] += 300
+    image[:, 10:22, 24:, :16] = 320
+    image[:, :, :, 20:] = -50
+    foreground = mapper.prepare(image, UNIT, "a").place.foreground
+    assert foreground.shape == (30, 34, 28)
+    assert foreground[:, :, :20].all()
+    assert not foreground[:, :, 22:].any()

@@ -173,7 +173,7 @@ def test_a_file_of_clusters_serves_in_place_of_a_fit(tiny_plan, tmp_path):
     encoder = make_task(plan).encoder
     for extractor, source in ((encoder, "checkpoint"), (GaussianScales(2, 1), "scales")):
         model = ClusterModel(extractor, Clusters(extractor.channels[0], 3))
-        save_clusters(tmp_path / "clusters.pth", model, Origin(source, plan))
+        save_clusters(tmp_path / "clusters.pth", model, Origin(source, plan, 0.05))
         trainer = PixelClusteringTrainer.configured([f"clustering={tmp_path / 'clusters.pth'}", "num_clusters=3"])
         task = trainer.build_task(configuration, 4)
         assert task.first_look == 0
