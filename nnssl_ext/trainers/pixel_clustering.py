@@ -225,7 +225,7 @@ class PixelClustering(PretextTask):
     def _logits(self, image: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         if is_transformer(self.encoder):
             assert kept is not None
-            deepest = _put_back(self.encoder.tokens(image, kept), kept, self.encoder.grid)
+            deepest = put_back(self.encoder.tokens(image, kept), kept, self.encoder.grid)
         else:
             deepest = self.encoder(image)[-1]
         return self.output(self.decoder(deepest)[-1])
@@ -262,7 +262,7 @@ def _clusters(config: PixelClusteringConfig, configuration: Configuration) -> Cl
     return model
 
 
-def _put_back(tokens: torch.Tensor, kept: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+def put_back(tokens: torch.Tensor, kept: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     """Tokens (B, n, D) as a map (B, D, *grid), 0 where none was kept; `kept` (B, n) has their places, -1 for none."""
     number = prod(grid)
     spare = tokens.new_zeros(len(tokens), number + 1, tokens.shape[2])  # what is empty goes to the end

@@ -218,6 +218,20 @@ def test_pictures_show_what_both_views_say_of_the_same_place(tiny_plan):
     assert (assigned == predicted)[both].float().mean() > 0.8
 
 
+def test_scores_of_a_whole_view_tell_the_cluster_of_every_cell(tiny_plan):
+    """Of an image whose cells are bright or dark on the mean. Catches cells in another order, and padding that is
+    looked at."""
+    task = make_task(tiny_plan((24, 16)), prototypes=2, tokens_per_prototype=0).eval()
+    task.encoder, task.head = Means(), Sign()
+    image = torch.randn(3, 1, 24, 16, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(3, 1, 24, 16, dtype=torch.bool)
+    valid[2, :, 12:] = False
+    scores = task.scores(torch.where(valid, image, 1e4), valid)
+    means = functional.avg_pool2d(image * valid, 4)[:, 0]
+    assert torch.equal(scores.argmax(1), (means < 0).long())
+    torch.testing.assert_close(scores[:, 0], means / task.config.temperature)
+
+
 @pytest.mark.parametrize(
     "override",
     [

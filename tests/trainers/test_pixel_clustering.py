@@ -10,7 +10,12 @@ from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.cluster_model import ClusterModel, Origin, save_clusters
 from nnssl_ext.models.clusters import Clusters
 from nnssl_ext.models.gaussian_scales import GaussianScales
-from nnssl_ext.trainers.pixel_clustering import PixelClustering, PixelClusteringConfig, PixelClusteringTrainer
+from nnssl_ext.trainers.pixel_clustering import (
+    PixelClustering,
+    PixelClusteringConfig,
+    PixelClusteringTrainer,
+    put_back,
+)
 from nnssl_ext.views.crops import UNMOVED
 from nnssl_ext.views.intensity import IntensityConfig
 from nnssl_ext.views.spatial import SpatialConfig
@@ -144,6 +149,32 @@ def test_clusters_are_found_once_in_as_many_voxels_of_every_case(tiny_plan):
     assert not any(parameter.requires_grad for parameter in task.labels.parameters())
 
 
+def test_ranks_find_the_clusters_that_one_process_finds(tiny_plan, monkeypatch):
+    """The second rank's rows are recorded, and put after the first one's. Catches a rank that fits to its own cases."""
+    plan = tiny_plan(SIZE)
+    task = make_task(plan, per_case=50)
+    batch = make_batch(task)
+    halves = [
+        (
+            replace(batch, **{name: getattr(batch, name)[rows] for name in ("data", "valid", "cases", "samples")}),
+            replace(RANDOM, samples=RANDOM.samples[rows]),
+        )
+        for rows in (slice(0, 2), slice(2, 3))
+    ]
+    samples, others = [], []
+
+    def begin(batches, gather):
+        monkeypatch.setattr("nnssl_ext.trainers.pixel_clustering.all_rows", gather)
+        task.labels.clusters.fit = lambda sample, seed: samples.append(sample)
+        task.begin(batches)
+
+    begin([(batch, RANDOM)], torch.Tensor.detach)
+    begin([halves[1]], lambda rows: others.append(rows) or rows)
+    begin([halves[0]], lambda rows: torch.cat([rows, others.pop(0)]))
+    assert torch.equal(samples[2], samples[0])
+    assert len(samples[1]) < len(samples[0])
+
+
 def test_swapped_views_predict_each_others_labels(tiny_plan):
     """Stripes, of two views that are turned and of different sizes: what one is asked for is what the other shows
     there. Catches a view that is asked for its own labels, and labels beyond the intersection."""
@@ -189,6 +220,14 @@ def test_a_file_of_clusters_serves_in_place_of_a_fit(tiny_plan, tmp_path):
     coarse = replace(configuration, spacing=(2.0, 2.0))
     with pytest.raises(ValueError, match="with spacing"):
         PixelClustering(trainer.task_config, coarse, 4)
+
+
+def test_tokens_go_back_to_their_places():
+    """Catches tokens in another order, and what fills up the end taken for a token."""
+    tokens = torch.tensor([[[1.0], [2.0], [9.0]], [[3.0], [4.0], [5.0]]])
+    kept = torch.tensor([[0, 2, -1], [1, 2, 3]])
+    expected = torch.tensor([[[[1.0, 0.0], [2.0, 0.0]]], [[[0.0, 3.0], [4.0, 5.0]]]])
+    assert torch.equal(put_back(tokens, kept, (2, 2)), expected)
 
 
 def test_pictures_show_the_clusters_where_there_are_any(tiny_plan):
