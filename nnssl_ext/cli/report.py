@@ -1,4 +1,4 @@
-"""`nnssl_report`: draws the report of an evaluation again."""
+"""`nnssl_report`: draws the report of an evaluation, or of a comparison of methods, again."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     result = argparse.ArgumentParser(
         prog="nnssl_report",
-        description="Draws report.html again from an evaluation.json, without training or scoring anything. Pictures "
-        "of cases and of the pretraining appear where their files are still there.",
+        description="Draws report.html again from an evaluation.json, and comparison.html where a comparison.json lies "
+        "beside it, without training or scoring anything. Pictures of cases and of the pretraining appear where their "
+        "files are still there.",
         allow_abbrev=False,
     )
     result.add_argument(
         "evaluation", type=Path, help="evaluation.json or its folder: $nnssl_results/DATASET/evaluation/NAME"
     )
-    result.add_argument("-o", type=Path, metavar="FOLDER", help="folder for report.html (default: the evaluation's)")
+    result.add_argument("-o", type=Path, metavar="FOLDER", help="folder for the pages (default: the evaluation's)")
     return result
 
 
@@ -29,10 +30,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `nnssl_report`."""
     args = parser().parse_args(argv)
     from nnssl_ext.core.logs import configure_logging
+    from nnssl_ext.evaluation.comparison_records import COMPARISON_FILE, load_comparison
     from nnssl_ext.evaluation.records import load_evaluation
+    from nnssl_ext.reports.comparison import write_comparison
     from nnssl_ext.reports.page import write_report
 
     configure_logging()
     evaluation = load_evaluation(args.evaluation)
     folder = args.evaluation if args.evaluation.is_dir() else args.evaluation.parent
-    print(f"report: {write_report(evaluation, args.o or folder)}")
+    target = args.o or folder
+    print(f"report: {write_report(evaluation, target)}")
+    if (folder / COMPARISON_FILE).is_file():
+        print(f"comparison: {write_comparison(load_comparison(folder), evaluation, target)}")

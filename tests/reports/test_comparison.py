@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from nnssl_ext.cli.report import main
 from nnssl_ext.evaluation.comparison_records import load_comparison, save_comparison
 from nnssl_ext.reports import comparison_figures as figures
 from nnssl_ext.reports.comparison import markdown, pair_rows, rows, write_comparison
@@ -36,6 +37,17 @@ def test_records_come_back_as_they_were(comparison, tmp_path) -> None:
     assert load_comparison(tmp_path) == comparison
     with pytest.raises(FileNotFoundError, match="nnssl_compare"):
         load_comparison(tmp_path / "nothing")
+
+
+def test_the_report_command_draws_the_page_again(comparison, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("nnssl_ext.evaluation.records.load_evaluation", lambda path: UNFAIR)
+    monkeypatch.setattr("nnssl_ext.reports.page.write_report", lambda evaluation, folder: folder / "report.html")
+    save_comparison(comparison, tmp_path)
+    main([str(tmp_path), "-o", str(tmp_path / "other")])
+    page = tmp_path / "other" / "comparison.html"
+    assert capsys.readouterr().out.splitlines()[1] == f"comparison: {page}"
+    drawn = page.read_text(encoding="utf-8")
+    assert drawn == write_comparison(comparison, UNFAIR, tmp_path).read_text(encoding="utf-8")
 
 
 def test_differences_to_scratch_have_the_arms_own_sign(comparison) -> None:
