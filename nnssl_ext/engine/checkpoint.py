@@ -231,12 +231,14 @@ def load_resume(path: Path) -> dict[str, Any]:
     return checkpoint["resume"]
 
 
+_GARBAGE = (LookupError, ValueError, TypeError, AttributeError)
+"""What torch raises where bytes of any other file happen to be its instructions."""
 _FOREIGN = "it is none, or holds Python objects beside tensors and builtins, which might run code"
 """Torch's own words tell the reader to load such a file without that protection."""
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, (pickle.UnpicklingError, *_GARBAGE)):
         return _FOREIGN
     return (error.strerror if isinstance(error, OSError) else None) or "it is damaged or cut short"
 
@@ -246,7 +248,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}. Make one with: nnssl_train DATASET CONFIG -tr TRAINER")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+    except (*_GARBAGE, RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {_reason(error)}. Use another checkpoint_*.pth "
             "beside it, or a fresh copy"

@@ -251,7 +251,8 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
         load_checkpoint(path)
     save_checkpoint(path, {"network_weights": {"w": torch.zeros(1000)}})
     whole = path.read_bytes()
-    for damaged, reason in ((b"", "cut short"), (whole[: len(whole) // 2], "cut short"), (b"garbage", "it is none")):
+    others = ((text, "it is none") for text in (b"garbage", b"hello world\nthis is text", b"root:x:0:0:root\n"))
+    for damaged, reason in ((b"", "cut short"), (whole[: len(whole) // 2], "cut short"), *others):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"checkpoint_final\.pth cannot be read as a checkpoint: .*{reason}"):
             load_checkpoint(path)
