@@ -35,7 +35,7 @@ STAGES = 4
 
 def parser() -> argparse.ArgumentParser:
     """The benchmark's arguments."""
-    result = make_parser(__doc__)
+    result = make_parser(__doc__, repeats=9)  # with 3, steps of some transformers came out twice as long now and then
     result.add_argument("--trainers", nargs="+", help="methods to measure, beside the reference (default: all)")
     result.add_argument("--edge", type=int, default=32, help="patch edge, a multiple of 8 (default: %(default)s)")
     result.add_argument("--batch_size", type=int, default=2, help="samples a step (default: %(default)s)")
