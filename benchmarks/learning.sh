@@ -6,7 +6,7 @@
 # 80 scans without labels are pretrained on, with small networks and some hundred steps. Of the other scans 20 are the
 # pool that probes and fine-tuning draw 5 labelled cases from, and 30 are the test. Each method stands beside its own
 # control run on destroyed targets, the untrained network, and nnU-Net from scratch, with three seeds. On two cores the
-# U-Nets take some six hours and the transformers two; it can be stopped and started again at any time.
+# U-Nets take some eight hours and the transformers two; it can be stopped and started again at any time.
 set -euo pipefail
 source=$1
 workspace=$2
@@ -30,7 +30,8 @@ for group in ${groups:-unet primus two_channels}; do
     unet)
         compare unet 4 1 MAETrainer SparkTrainer ModelsGenesisTrainer InpaintingTrainer VolumeFusionTrainer \
             SwinUNETRTrainer DINOTrainer DINOv2Trainer RotationTrainer JigsawTrainer RelativePatchLocationTrainer \
-            ExemplarTrainer CPCTrainer SimCLRTrainer VoCoTrainer DenseContrastiveTrainer PatchClusteringTrainer
+            ExemplarTrainer CPCTrainer SimCLRTrainer VoCoTrainer DenseContrastiveTrainer PatchClusteringTrainer \
+            PixelClusteringTrainer PCRLv2Trainer RegistrationTrainer MultiTaskTrainer
         ;;
     primus)
         compare primus 4 1 MAETrainer SimMIMTrainer CroCoTrainer DINOv2Trainer
