@@ -156,14 +156,32 @@ def split_cases(store: Store, trainer: PretrainTrainer, seed: int) -> Split:
             f"{store.folder} holds {len(store.entries)} preprocessed case(s); pretraining needs {MIN_CASES} or more: "
             "one to train on and one held out. Add cases, then run nnssl_plan_and_preprocess again."
         )
-    subject_of = {case_id: entry.subject for case_id, entry in store.entries.items()}
+    subject_of = patients(store)
     num_subjects = len(set(subject_of.values()))
     if num_subjects < MIN_CASES:
         raise ValueError(
-            f"All {len(subject_of)} cases belong to one patient, so the validation split would be empty: patients "
-            "are never divided. Add patients, or correct the subjects in pretrain_data.json."
+            f"All {len(subject_of)} cases belong to one patient or are copies, so the validation split would be empty: "
+            "patients are never divided. Add patients, or correct the subjects in pretrain_data.json."
         )
     return split_by_subject(subject_of, trainer.val_fraction, seed)
+
+
+def patients(store: Store) -> dict[str, str]:
+    """Case id to patient. Patients that have an image in common, by content, count as one."""
+    one: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while name in one:
+            name = one[name]
+        return name
+
+    owner: dict[str, str] = {}
+    for entry in store.entries.values():
+        for code in entry.content_hashes:
+            known, own = root(owner.setdefault(code, entry.subject)), root(entry.subject)
+            if known != own:
+                one[own] = known
+    return {case_id: root(entry.subject) for case_id, entry in store.entries.items()}
 
 
 def load_or_make_split(spec: RunSpec, store: Store, folder: RunFolder) -> Split:

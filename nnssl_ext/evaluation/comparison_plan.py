@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from nnssl_ext.engine.task import TRAINERS
 from nnssl_ext.evaluation import folds
 from nnssl_ext.evaluation.arms import NAME_PREFIX, SEED_FIELD, refuse_seen
 from nnssl_ext.evaluation.comparison_settings import ComparisonSettings, Protocol, has_sham
-from nnssl_ext.evaluation.leaks import content_hashes
+from nnssl_ext.evaluation.leaks import content_hashes, refuse_copies
 from nnssl_ext.evaluation.preparation import EVALUATIONS_FOLDER, HASHES_FILE
 from nnssl_ext.evaluation.records import NumTrain
 from nnssl_ext.finetuning.nnunet_dataset import prepare_dataset
@@ -198,7 +198,8 @@ def plan_comparison(settings: ComparisonSettings, executor: Executor) -> Planned
         sizes = tuple(folds.sizes_from_fractions(settings.fractions, chosen_splits))
     folds.check_sizes(sizes, chosen_splits)
     manifest = Manifest.load(raw)
-    _refuse_leaks(manifest, chosen_splits, pretraining, methods, executor, preprocessed / HASHES_FILE)
+    by_fold = dict(zip(chosen, chosen_splits, strict=True))
+    _refuse_leaks(manifest, by_fold, pretraining, methods, executor, preprocessed / HASHES_FILE)
     planned = Planned(
         settings=settings,
         dataset=raw.name,
@@ -341,7 +342,7 @@ def base_patch(method: Method, pretraining: Path) -> tuple[int, ...]:
 
 def _refuse_leaks(
     manifest: Manifest,
-    splits: Sequence[Split],
+    splits: Mapping[int, Split],
     pretraining: Path,
     methods: Sequence[Method],
     executor: Executor,
@@ -350,11 +351,13 @@ def _refuse_leaks(
     """Refuses, before the first step, what `nnssl_evaluate` would refuse after the last.
 
     Raises:
-        ValueError: If an image of a fold is among those that would be pretrained on, by content.
+        ValueError: If an image of a fold is among those that would be pretrained on, by content, or on both of its
+            sides.
     """
-    cases = sorted({case for split in splits for case in (*split.train, *split.val)})
+    cases = sorted({case for split in splits.values() for case in (*split.train, *split.val)})
     hashes = content_hashes(manifest, cases, executor, cache)
+    refuse_copies(hashes, splits)
     for identifier in sorted({method.configuration.data_identifier for method in methods}):
         store = Store.open(pretraining / identifier)
         seen = {code for entry in store.entries.values() for code in entry.content_hashes}
-        refuse_seen(pretraining.name, [case for case in cases if seen.intersection(hashes[case])], splits)
+        refuse_seen(pretraining.name, [case for case in cases if seen.intersection(hashes[case])], [*splits.values()])

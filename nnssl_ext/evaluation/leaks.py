@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from nnssl_ext.core.executor import Executor
 from nnssl_ext.core.logs import track
 from nnssl_ext.core.records import read_json, write_json
 from nnssl_ext.dataset.manifest import Manifest
+from nnssl_ext.dataset.splits import Split
 
 
 def content_hashes(
@@ -39,6 +40,28 @@ def content_hashes(
     if missing:
         write_json(cache, kept)
     return {case: tuple(kept[case]["hashes"]) for case in cases}
+
+
+def refuse_copies(hashes: Mapping[str, Sequence[str]], splits: Mapping[int, Split]) -> None:
+    """Refuses folds that train on a copy of an image that they validate on.
+
+    Args:
+        hashes: Content hashes by case.
+        splits: By number of the fold.
+
+    Raises:
+        ValueError: If there is one, with both cases.
+    """
+    for number, split in splits.items():
+        trained = {code: case for case in split.train for code in hashes[case]}
+        for case in split.val:
+            copies = sorted({trained[code] for code in hashes[case] if code in trained})
+            if copies:
+                raise ValueError(
+                    f"fold {number} validates on {case} and trains on {copies[0]}, which holds the same image: its "
+                    "result would not be honest. Remove one of the two, or put both on one side in splits_final.json "
+                    "and plan again"
+                )
 
 
 def _stamp(files: Sequence[Path]) -> list[list[Any]]:

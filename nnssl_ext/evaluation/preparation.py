@@ -13,7 +13,7 @@ from nnssl_ext.dataset.splits import Split, folds_by_subject
 from nnssl_ext.evaluation import arms, folds
 from nnssl_ext.evaluation.arms import PlannedArm
 from nnssl_ext.evaluation.folds import FoldRun
-from nnssl_ext.evaluation.leaks import content_hashes
+from nnssl_ext.evaluation.leaks import content_hashes, refuse_copies
 from nnssl_ext.evaluation.metrics import DEFAULT_TOLERANCE_MM
 from nnssl_ext.evaluation.records import NumTrain
 from nnssl_ext.finetuning.environment import nnunet_root
@@ -122,9 +122,8 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
     arms.check_plain(planned, sizes)
     warnings = arms.check_fairness(planned, reference, settings.configuration)
     cases = sorted({case for split in chosen_splits for case in (*split.train, *split.val)})
-    hashes = {}
-    if any(arm.pretrained for arm in planned):
-        hashes = content_hashes(manifest, cases, executor, preprocessed / HASHES_FILE)
+    hashes = content_hashes(manifest, cases, executor, preprocessed / HASHES_FILE)
+    refuse_copies(hashes, dict(zip(chosen, chosen_splits, strict=True)))
     warnings += arms.refuse_leaks(planned, hashes, chosen_splits)
     runs = folds.plan_runs(
         planned,

@@ -14,8 +14,10 @@ from nnssl_ext.core.lock import sole_writer
 from nnssl_ext.core.records import read_json
 from nnssl_ext.engine.checkpoint import RELEASED_KEYS, load_checkpoint
 from nnssl_ext.engine.loop import Outcome, _judged, pretrain
+from nnssl_ext.engine.prepare import split_cases
 from nnssl_ext.engine.steps import Stepper, Validation
 from nnssl_ext.preprocessing.index import Index, read_index, write_index
+from nnssl_ext.preprocessing.store import Store
 from nnssl_ext.trainers.mae import MAE
 from tests.engine.conftest import RECIPE, write_store
 
@@ -361,6 +363,21 @@ def test_one_patient_is_refused(make_spec):
     shrink_store(spec, 6, subject="the only one")
     with pytest.raises(ValueError, match=r"one patient.*validation split would be empty"):
         pretrain(spec)
+
+
+def test_copies_of_an_image_are_on_one_side_of_the_split(make_spec):
+    """Planted fault: copies under two patients' names split by name."""
+    spec = make_spec()
+    index = read_index(spec.data_folder)
+    same = {"case_01": ("x",), "case_04": ("x", "y"), "case_05": ("y",)}
+    entries = {k: replace(entry, content_hashes=same.get(k, (k,))) for k, entry in index.entries.items()}
+    sides = set()
+    for seed in range(12):
+        split = split_cases(Store(spec.data_folder, entries), spec.trainer, seed)
+        held_out = {case for case in same if case in split.val}
+        assert held_out in (set(), set(same))
+        sides.add(len(held_out))
+    assert sides == {0, 3}
 
 
 def test_a_patch_that_the_network_cannot_halve_is_refused(make_spec, tiny_plan):

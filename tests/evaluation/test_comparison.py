@@ -238,6 +238,11 @@ def test_leaks_are_refused_before_the_first_step(world: World) -> None:
     world.seen.content_hashes = (content_hash(image[0]),)
     with pytest.raises(ValueError, match=f"1 validation cases were in the pretraining set of {UNLABELLED}"):
         world.run(settings())
+    images, split = world.root / "raw" / fakes.DATASET / "imagesTr", fakes.splits()[0]
+    copied = (images / f"{split.train[0]}_0000.nii.gz").read_bytes()
+    (images / f"{split.val[0]}_0000.nii.gz").write_bytes(copied)
+    with pytest.raises(ValueError, match=f"fold 0 validates on {split.val[0]} and trains on {split.train[0]}"):
+        world.run(settings())
     assert world.calls == []
 
 

@@ -14,7 +14,7 @@ from nnssl_ext.evaluation.preparation import EvaluationSettings, prepare
 from nnssl_ext.evaluation.records import MEAN_CLASS, load_evaluation
 from nnssl_ext.evaluation.run import evaluate
 from nnssl_ext.finetuning.config import PLANS_KEY
-from nnssl_ext.imageio import read_segmentation, write_segmentation
+from nnssl_ext.imageio import read_segmentation, write_image, write_segmentation
 from tests.evaluation import fakes
 
 SETTINGS = EvaluationSettings(dataset=4, plans=("ptPlans__mae", "ptPlans__scratch"))
@@ -140,15 +140,28 @@ def test_a_pretrained_on_training_case_is_refused_too(world: SimpleNamespace) ->
         run(replace(SETTINGS, folds=(0,)))
 
 
+def test_a_fold_that_trains_on_a_copy_of_what_it_validates_on_is_refused(world: SimpleNamespace) -> None:
+    """Planted fault: images compared with those of the pretraining alone."""
+    split = fakes.splits()[1]
+    images = world.root / "raw" / fakes.DATASET / "imagesTr"
+    copied = (images / f"{split.train[0]}_0000.nii.gz").read_bytes()
+    (images / f"{split.val[0]}_0000.nii.gz").write_bytes(copied)
+    recorder = Recorder()
+    with pytest.raises(ValueError, match=rf"fold \d validates on {split.val[0]} and trains on {split.train[0]}, which"):
+        run(replace(SETTINGS, folds=(1,)), trainer=recorder)
+    assert recorder.keys == []
+
+
 def test_hashes_are_kept_until_an_image_changes(world: SimpleNamespace) -> None:
     prepare(SETTINGS, InlineExecutor())
     cache = world.root / "preprocessed" / fakes.DATASET / "nnssl_content_hashes.json"
     kept = read_json(cache)
     assert kept["ball_03"]["hashes"] == [content_hash(fakes.image_of(world.root, "ball_03")[0])]
     image = world.root / "raw" / fakes.DATASET / "imagesTr" / "ball_03_0000.nii.gz"
-    image.write_bytes(image.with_name("ball_04_0000.nii.gz").read_bytes())
+    write_image(fakes.image_of(world.root, "ball_03")[0] + 1, fakes.GEOMETRY, image)
     prepare(SETTINGS, InlineExecutor())
-    assert read_json(cache)["ball_03"]["hashes"] == kept["ball_04"]["hashes"]
+    assert read_json(cache)["ball_03"]["hashes"] == [content_hash(fakes.image_of(world.root, "ball_03")[0])]
+    assert read_json(cache)["ball_03"]["hashes"] != kept["ball_03"]["hashes"]
 
 
 def test_a_checkpoint_without_hashes_gives_a_warning(world: SimpleNamespace) -> None:
