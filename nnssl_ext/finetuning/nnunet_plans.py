@@ -148,6 +148,14 @@ def derive_plans(base: Path, name: str, splits: Sequence[Split], seed: int, **se
     return path
 
 
+FOLLOWS = {
+    "splits": "--splits FILE, or the dataset",
+    "pretrained_weights": "-pc CHECKPOINT",
+    "pretraining_content_hashes": "-pc CHECKPOINT",
+}
+"""Settings of the plans file that nobody sets by hand, and what they follow from."""
+
+
 def default_config() -> FinetuningConfig:
     """The settings' defaults, with a placeholder for the folds, which have none."""
     return FinetuningConfig(splits=(Split(("train",), ("val",)),))
@@ -157,10 +165,14 @@ def parse_settings(overrides: Sequence[str]) -> dict[str, Any]:
     """Settings for `plan_finetuning` from texts such as `lr=1e-2`.
 
     Raises:
-        ValueError: If one is no setting, or its value does not fit.
+        ValueError: If one is no setting, follows from something else, or its value does not fit.
     """
+    names = [override.partition("=")[0].strip() for override in overrides]
+    for name in names:
+        if name in FOLLOWS:
+            raise ValueError(f"--set {name}=... is not possible: it follows from {FOLLOWS[name]}")
     changed = to_dict(apply_overrides(default_config(), overrides))
-    return {name: changed[name] for name in (override.partition("=")[0].strip() for override in overrides)}
+    return {name: changed[name] for name in names}
 
 
 def read_splits(path: Path) -> list[Split]:

@@ -173,6 +173,13 @@ def test_settings_are_checked_by_name_and_value() -> None:
     assert parse_settings(["lr=2e-3", "schedule=sawtooth"]) == {"lr": 2e-3, "schedule": "sawtooth"}
     with pytest.raises(ValueError, match="no field 'rate'"):
         parse_settings(["rate=1"])
+
+
+@pytest.mark.parametrize("name", ["splits", "pretrained_weights", "pretraining_content_hashes"])
+def test_what_follows_from_elsewhere_is_not_set_by_hand(name: str) -> None:
+    """Planted fault: without its content hashes a checkpoint's own images passed as unseen."""
+    with pytest.raises(ValueError, match=f"--set {name}=... is not possible: it follows from -"):
+        parse_settings(["lr=1e-3", f"{name}=[]"])
     with pytest.raises(ValueError, match="schedule: "):
         parse_settings(["schedule=cosine"])
 
