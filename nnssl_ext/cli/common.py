@@ -42,3 +42,11 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             raise SystemExit(INTERRUPTED) from None
 
     return wrapped
+
+
+def record(dataset: str, program: str, argv: Sequence[str] | None) -> None:
+    """Writes a command into the preprocessed folder of a dataset that it has made something of."""
+    from nnssl_ext.core.history import record_command
+    from nnssl_ext.core.paths import find_dataset, preprocessed_root
+
+    record_command(find_dataset(dataset, preprocessed_root()), program, argv)

@@ -52,8 +52,8 @@ def _add_msd(p: argparse.ArgumentParser) -> None:
 
 def _add_folder(p: argparse.ArgumentParser) -> None:
     p.description = (
-        "Takes every .nii, .nii.gz, .nrrd, .mha, .mhd, .png, .bmp and .tif below SOURCE as one case. The images stay "
-        "where they are unless --copy is given."
+        "Takes every .nii, .nii.gz, .nrrd, .mha, .mhd, .png, .bmp, .tif and .tiff below SOURCE as one case. The images "
+        "stay where they are unless --copy is given."
     )
     _add_source(p)
     _add_common(p)
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = vars(parser().parse_args(argv))
     layout, source = options.pop("layout"), options.pop("source")
 
+    from nnssl_ext.core.history import record_command
     from nnssl_ext.core.logs import configure_logging
     from nnssl_ext.core.paths import raw_root
     from nnssl_ext.dataset.manifest import Manifest
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     configure_logging()
     convert = importlib.import_module(f"dataset_conversion.{layout}").convert
     for folder in convert(source, raw_root(), **options):
+        record_command(folder, "nnssl_convert", argv)
         manifest = Manifest.load(folder)
         labelled = sum(case.label is not None for case in manifest.cases)
         patients = len(set(manifest.subjects().values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from nnssl_ext.cli.common import command
+from nnssl_ext.cli.common import command, record
 
 DEFAULT_PROCESSES = 8
 """nnU-Net's number; each may hold six volumes in memory."""
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     for dataset in arguments.d:
         run(dataset, arguments)
+        record(dataset, "nnssl_extract_fingerprint", argv)
 
 
 def run(dataset: str, arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from nnssl_ext.cli.common import command
+from nnssl_ext.cli.common import command, record
 from nnssl_ext.cli.extract_fingerprint import DEFAULT_PROCESSES
 from nnssl_ext.cli.extract_fingerprint import add_arguments as add_executor_arguments
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     for dataset in arguments.d:
         run(dataset, arguments.plans_name, arguments)
+        record(dataset, "nnssl_preprocess", argv)
 
 
 def run(dataset: str, plans_name: str, arguments: argparse.Namespace) -> None:

@@ -8,7 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnssl_ext.core.paths import results_root
+from nnssl_ext.core.history import recorded_commands
+from nnssl_ext.core.paths import preprocessed_root, raw_root, results_root
 from nnssl_ext.core.records import read_json
 from nnssl_ext.evaluation.arms import PlannedArm
 
@@ -69,13 +70,17 @@ def _encoder(path: Path) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if key.startswith(_ENCODER_PREFIXES)}
 
 
-def recorded_commands(arm: PlannedArm, pretraining_run: Path | None) -> tuple[str, ...]:
-    """The commands that made an arm, where they were recorded: its pretraining, and its fine-tuning plan."""
+def commands_of(arm: PlannedArm, pretraining_run: Path | None) -> tuple[str, ...]:
+    """The commands that made an arm, where they were recorded: from its data to its fine-tuning plan."""
+    datasets = [arm.plans_path.parent.name]
     records = [arm.plans_path.with_name(f"{arm.plans_path.stem}_report.json")]
     if pretraining_run is not None:
+        datasets.insert(0, pretraining_run.parents[1].name)
         records.insert(0, pretraining_run / CONFIG_FILE)
+    folders = [root / name for root in (raw_root(), preprocessed_root()) for name in dict.fromkeys(datasets)]
+    prepared = dict.fromkeys(line for folder in folders for line in recorded_commands(folder))
     contents: list[dict[str, Any]] = [read_json(path) for path in records if path.is_file()]
-    return tuple(shlex.join(content["command"]) for content in contents if content.get("command"))
+    return (*prepared, *(shlex.join(content["command"]) for content in contents if content.get("command")))
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from nnssl_ext.evaluation import analysis, folds, scoring, training, verdict
 from nnssl_ext.evaluation.arms import PlannedArm, describe_arm
 from nnssl_ext.evaluation.metrics import ClassScores
 from nnssl_ext.evaluation.preparation import EvaluationSettings, Prepared, prepare, write_plans
-from nnssl_ext.evaluation.provenance import find_pretraining_run, recorded_commands, versions
+from nnssl_ext.evaluation.provenance import commands_of, find_pretraining_run, versions
 from nnssl_ext.evaluation.records import Arm, CaseScores, Evaluation, Run, save_evaluation
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def conclude(prepared: Prepared, runs: Sequence[Run], scores: Sequence[CaseScore
 
 def _describe(arm: PlannedArm, reference: PlannedArm) -> Arm:
     pretraining_run = find_pretraining_run(arm)
-    return describe_arm(arm, reference, pretraining_run, recorded_commands(arm, pretraining_run))
+    return describe_arm(arm, reference, pretraining_run, commands_of(arm, pretraining_run))
 
 
 def evaluate(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nnssl_ext.cli.convert import converters, main
+from nnssl_ext.core.history import recorded_commands
 from nnssl_ext.imageio import Geometry, write_image
 
 
@@ -40,6 +41,7 @@ def test_folder_tells_what_it_made(tmp_path: Path, roots: Path, capsys: pytest.C
         write_image(np.full((3, 4, 5), i), Geometry(spacing=(1, 1, 1)), tmp_path / "scans" / f"sub-{i // 2}_{i}.nii.gz")
     main(["folder", str(tmp_path / "scans"), "-d", "1", "--name", "Mine"])
     assert capsys.readouterr().out == f"{roots / 'raw' / 'Dataset001_Mine'}: 3 cases of 2 patients, 0 with labels\n"
+    assert len(recorded_commands(roots / "raw" / "Dataset001_Mine")) == 1
 
 
 @pytest.mark.parametrize(

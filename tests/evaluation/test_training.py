@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnssl_ext.core.history import record_command
 from nnssl_ext.core.records import write_json
 from nnssl_ext.evaluation import provenance, scoring
 from nnssl_ext.evaluation.arms import read_arm
@@ -106,7 +107,17 @@ def test_the_pretraining_run_is_known_by_images_and_weights(roots: Path) -> None
     write_json(plans.with_name("ptPlans__mae_report.json"), {"command": ["nnssl_plan_finetuning", "-n", "mae"]})
     arm = read_arm(plans, "3d_fullres")
     assert provenance.find_pretraining_run(arm) == mae
-    assert provenance.recorded_commands(arm, mae) == (
+    raw, labelled = (roots / "raw" / name for name in ("Dataset001_Scans", fakes.DATASET))
+    raw.mkdir()
+    labelled.mkdir()
+    record_command(raw, "nnssl_convert", ["folder", "scans", "-d", "1"])
+    record_command(labelled, "nnssl_convert", ["msd", "Task04", "-d", "4"])
+    (roots / "preprocessed" / raw.name).mkdir()
+    record_command(roots / "preprocessed" / raw.name, "nnssl_plan_and_preprocess", ["-d", "1"])
+    assert provenance.commands_of(arm, mae) == (
+        "nnssl_convert folder scans -d 1",
+        "nnssl_convert msd Task04 -d 4",
+        "nnssl_plan_and_preprocess -d 1",
         "nnssl_train 1 3d_fullres -tr MAETrainer -tag 'a b'",
         "nnssl_plan_finetuning -n mae",
     )
@@ -115,7 +126,7 @@ def test_the_pretraining_run_is_known_by_images_and_weights(roots: Path) -> None
 def test_an_arm_from_scratch_has_no_pretraining_run(roots: Path) -> None:
     arm = read_arm(fakes.make_plans(roots, "ptPlans__scratch"), "3d_fullres")
     assert provenance.find_pretraining_run(arm) is None
-    assert provenance.recorded_commands(arm, None) == ()
+    assert provenance.commands_of(arm, None) == ()
 
 
 def test_versions_name_what_the_numbers_depend_on() -> None:
