@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from nnssl_ext.cli import extract_fingerprint, plan_experiment, preprocess
-from nnssl_ext.cli.common import command
+from nnssl_ext.cli.common import command, record
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments = parser().parse_args(argv)
+    plan_experiment.options_of(arguments)  # a mistake is told before the hours of the fingerprint
     for dataset in arguments.d:
         extract_fingerprint.run(dataset, arguments)
         plan_experiment.run(dataset, arguments)
         preprocess.run(dataset, arguments.plans_name, arguments)
+        record(dataset, "nnssl_plan_and_preprocess", argv)

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nnssl_ext.cli.common import command
+from nnssl_ext.cli.common import command, record
 
 if TYPE_CHECKING:
+    from nnssl_ext.planners.planner import PlanningOptions
     from nnssl_ext.planners.rules import StepCost
 
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     for dataset in arguments.d:
         run(dataset, arguments)
+        record(dataset, "nnssl_plan_experiment", argv)
 
 
 def run(dataset: str, arguments: argparse.Namespace) -> None:
@@ -81,20 +83,11 @@ def run(dataset: str, arguments: argparse.Namespace) -> None:
     from nnssl_ext.core.paths import find_dataset, preprocessed_root, raw_root
     from nnssl_ext.dataset.manifest import Manifest
     from nnssl_ext.fingerprint.record import FINGERPRINT_FILE, Fingerprint
-    from nnssl_ext.planners.planner import PlanningOptions, plan_experiment, save_plan
-    from nnssl_ext.planners.rules import FULL_PRECISION_BYTES, MIXED_PRECISION_BYTES, StepCost
+    from nnssl_ext.planners.planner import plan_experiment, save_plan
 
+    options = options_of(arguments)
     manifest = Manifest.load(find_dataset(dataset, raw_root()))
     folder = preprocessed_root() / manifest.dataset_name
-    device = None if arguments.gpu_memory_target else device_memory()
-    options = PlanningOptions(
-        memory_target=arguments.gpu_memory_target or device,
-        spacing=_spacing(arguments.spacing),
-        cost=_cost_of(arguments.tr) if arguments.tr else StepCost(),
-        bytes_per_value=MIXED_PRECISION_BYTES if arguments.gpu_memory_target or device else FULL_PRECISION_BYTES,
-        normalization=arguments.normalization,
-        plans_name=arguments.plans_name,
-    )
     plan = plan_experiment(Fingerprint.load(folder / FINGERPRINT_FILE), manifest, arguments.pl, options)
     path = save_plan(plan, manifest, folder)
     for name in plan.configuration_names:
@@ -104,6 +97,27 @@ def run(dataset: str, arguments: argparse.Namespace) -> None:
     planning = plan.raw["nnssl_planning"]
     print(f"  a step needs about {planning['estimated_memory_gb']} of {planning['memory_target_gb']:.4g} GB")
     print(f"  written to {path}")
+
+
+def options_of(arguments: argparse.Namespace) -> PlanningOptions:
+    """The user's decisions, checked as far as they can be without data.
+
+    Raises:
+        ValueError: If a planner, trainer or rule is unknown, or a number is out of range.
+    """
+    from nnssl_ext.planners.planner import PLANNERS, PlanningOptions
+    from nnssl_ext.planners.rules import FULL_PRECISION_BYTES, MIXED_PRECISION_BYTES, StepCost
+
+    PLANNERS.get(arguments.pl)
+    memory = device_memory() if arguments.gpu_memory_target is None else arguments.gpu_memory_target
+    return PlanningOptions(
+        memory_target=memory,
+        spacing=_spacing(arguments.spacing),
+        cost=_cost_of(arguments.tr) if arguments.tr else StepCost(),
+        bytes_per_value=FULL_PRECISION_BYTES if memory is None else MIXED_PRECISION_BYTES,
+        normalization=arguments.normalization,
+        plans_name=arguments.plans_name,
+    )
 
 
 def device_memory() -> float | None:

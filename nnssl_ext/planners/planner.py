@@ -28,6 +28,7 @@ from nnssl_ext.planners.rules import (
     topology,
 )
 from nnssl_ext.planners.spacing import (
+    check_spacing_rule,
     is_two_dimensional,
     resampled_shapes,
     resampling_keys,
@@ -64,6 +65,7 @@ class PlanningOptions:
             raise ValueError(f"plans name {self.plans_name!r} is not possible: use letters, digits, '_', '-' and '.'")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization {self.normalization!r} is not known. Give {', '.join(NORMALIZATIONS)}")
+        check_spacing_rule(self.spacing)
 
 
 class nnsslPlanner:  # noqa: N801 - nnU-Net's naming of planners

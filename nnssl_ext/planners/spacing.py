@@ -12,6 +12,10 @@ SPACING_RULES = ("iso", "median", "noresample")
 ANISOTROPY_THRESHOLD = 3.0
 ANISOTROPIC_PERCENTILE = 10
 MAX_SPACING = 100.0
+_NO_SPACING = (
+    "spacing {} is not possible: give three numbers in mm (z y x; two for 2D data), each above 0 and at most "
+    f"{MAX_SPACING:g}, for example: -spacing 1.5 1.5 1.5"
+)
 DIGITS = 6
 
 
@@ -44,6 +48,7 @@ def target_spacing(rule: str | Sequence[float], spacings: ArrayLike, shapes: Arr
     Raises:
         ValueError: If the rule is unknown or the numbers make no voxel.
     """
+    check_spacing_rule(rule)
     spacings, flat = np.asarray(spacings, dtype=float), is_two_dimensional(shapes)
     if not isinstance(rule, str):
         spacing = _explicit(rule, flat, float(np.median(spacings[:, 0])))
@@ -53,22 +58,30 @@ def target_spacing(rule: str | Sequence[float], spacings: ArrayLike, shapes: Arr
         spacing = np.where(np.isin(np.arange(3), axes), edge, np.median(spacings, axis=0))
     elif rule == "median":
         spacing = _nnunet_spacing(spacings, np.asarray(shapes))
-    elif rule == "noresample":
-        spacing = np.median(spacings, axis=0)
     else:
-        raise ValueError(f"spacing rule {rule!r} is not known. Give {', '.join(SPACING_RULES)} or numbers in mm")
+        spacing = np.median(spacings, axis=0)
     z, y, x = (round(float(value), DIGITS) for value in spacing)
     return z, y, x
+
+
+def check_spacing_rule(rule: str | Sequence[float]) -> None:
+    """Refuses what is a spacing of no data at all.
+
+    Raises:
+        ValueError: If the rule is unknown or the numbers make no voxel.
+    """
+    if isinstance(rule, str):
+        if rule not in SPACING_RULES:
+            raise ValueError(f"spacing rule {rule!r} is not known. Give {', '.join(SPACING_RULES)} or numbers in mm")
+    elif len(rule) not in (2, 3) or not all(0 < value <= MAX_SPACING for value in rule):
+        raise ValueError(_NO_SPACING.format(list(rule)))
 
 
 def _explicit(values: Sequence[float], flat: bool, slice_distance: float) -> NDArray[np.floating]:
     if len(values) == 2 and flat:
         values = (slice_distance, *values)
-    elif len(values) != 3 or not all(0 < value <= MAX_SPACING for value in values):
-        raise ValueError(
-            f"spacing {list(values)} is not possible: give three numbers in mm (z y x; two for 2D data), "
-            f"each above 0 and at most {MAX_SPACING:g}, for example: -spacing 1.5 1.5 1.5"
-        )
+    elif len(values) != 3:
+        raise ValueError(_NO_SPACING.format(list(values)))
     return np.asarray(values, dtype=float)
 
 

@@ -7,6 +7,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from PIL import Image
 
 from nnssl_ext.cli import extract_fingerprint, plan_and_preprocess, plan_experiment
+from nnssl_ext.core.history import recorded_commands
 from nnssl_ext.dataset.manifest import write_dataset_json
 from nnssl_ext.preprocessing.store import Store
 
@@ -42,6 +43,27 @@ def test_one_command_makes_a_store_that_the_plans_describe(volumes, preprocessed
     assert manager.get_configuration("3d_fullres").patch_size == [16, 16, 16]
     assert sorted(Store.open(preprocessed / "nnsslPlans_3d_fullres").entries) == ["c0", "c1", "c2"]
     assert (preprocessed / "dataset.json").is_file()
+    assert recorded_commands(preprocessed) == ("nnssl_plan_and_preprocess -d 1 -np 0 -pl nnsslPlannerResEncXS",)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-pl", "nnsslPlannerFoo"], "nnsslPlannerFoo"),
+        (["-spacing", "fine"], "spacing rule 'fine' is not known"),
+        (["-spacing", "1", "1", "0"], "spacing [1.0, 1.0, 0.0] is not possible"),
+        (["-gpu_memory_target", "0"], "a memory target of 0 GB is not possible"),
+        (["-tr", "FooTrainer"], "FooTrainer"),
+        (["-normalization", "loud"], "normalization 'loud' is not known"),
+    ],
+)
+def test_a_mistake_in_planning_is_told_before_the_fingerprint(volumes, preprocessed, capsys, words, message):
+    """Planted faults: told hours later; and 0 GB taken for no target."""
+    with pytest.raises(SystemExit) as stopped:
+        plan_and_preprocess.main(["-d", "1", "-np", "0", *words])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not preprocessed.exists()
 
 
 def test_steps_one_by_one(volumes, preprocessed):
