@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 from nnssl_ext.cli.common import USER_ERROR, command
 
 PRETRAIN_ID, LABELLED_ID = 1, 2
+NUM_FOLDS = 5
 EPOCH_STEPS = 25
 PRETRAIN_OPTIMIZER = "optim.name=adamw optim.lr=0.001 optim.weight_decay=0.01"
 FINETUNE_OPTIMIZER = "schedule=poly optimizer=adamw lr=0.001 weight_decay=0.01 precision=bf16"
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     started = time.monotonic()
     folder = args.folder.resolve()
+    _check(args)
     _keep_settings(args, folder)
     environment = _environment(folder)
     source = args.source or _phantoms(folder / "source", args.num_cases)
@@ -59,6 +62,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n[{number}] {title}\n$ {shlex.join(line)}", flush=True)
         _run(line, environment)
     _finish(folder, time.monotonic() - started, args.pretrain_epochs * EPOCH_STEPS)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses at once what the last of the commands would refuse after minutes."""
+    from nnssl_ext.core.records import read_json
+
+    number = args.num_cases
+    if args.source:
+        if not (args.source / "dataset.json").is_file():
+            raise ValueError(f"--source {args.source} has no dataset.json: give an extracted dataset of the Decathlon")
+        number = len(read_json(args.source / "dataset.json").get("training", ()))
+    labelled = number - args.unlabelled
+    if args.unlabelled < 2 or labelled < NUM_FOLDS:
+        raise ValueError(
+            f"--unlabelled {args.unlabelled} of {number} cases is not possible: 2 or more are pretrained on, and "
+            f"{NUM_FOLDS} or more must be left with labels"
+        )
+    if wrong := [fold for fold in args.folds if not 0 <= fold < NUM_FOLDS]:
+        raise ValueError(f"--folds {wrong[0]} is not there: choose from 0 to {NUM_FOLDS - 1}")
+    most = labelled - ceil(labelled / NUM_FOLDS)
+    for size in args.num_train:
+        if size != "all" and not (size.isdigit() and 1 <= int(size) <= most):
+            raise ValueError(f"--num_train {size} is not possible: give numbers from 1 to {most}, or all")
 
 
 def _keep_settings(args: argparse.Namespace, folder: Path) -> None:
