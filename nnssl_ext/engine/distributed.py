@@ -98,7 +98,7 @@ def torchrun(num_processes: int, arguments: Sequence[str]) -> tuple[int, bool]:
     Returns:
         torchrun's exit status, and whether it was asked to stop.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    command = [sys.executable, "-m", "nnssl_ext.engine.launch", "--standalone", f"--nproc-per-node={num_processes}"]
     environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS)}
     child = subprocess.Popen([*command, "-m", "nnssl_ext.cli.train", *arguments], env=environment)
 
