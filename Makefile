@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-slow lint bench docs clean
 
 $(READY): setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ demo: $(READY)
 # the CPU suite; TESTS passes options, such as TESTS="tests/planners -x"
 test: $(READY)
 	$(BIN)/python -m pytest -m "not gpu and not slow" $(TESTS)
+
+# what takes minutes each: stock nnU-Net's trainers and predictor to their ends, DINO's healthy and sick runs
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -34,8 +34,8 @@ def planned(roots: Path) -> FinetuningPlan:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """nnU-Net's variables and none of ours."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("nnssl_")}
+    """nnU-Net's variables and none of ours, nor what `nnssl_env` sets."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("nnssl_") and k != "nnUNet_extTrainer"}
     return {**kept, **FAST, **variables}
 
 
