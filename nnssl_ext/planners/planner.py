@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf, prod
@@ -35,6 +37,8 @@ from nnssl_ext.planners.spacing import (
     target_spacing,
     transposition,
 )
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PLANS_NAME = "nnsslPlans"
 NORMALIZATIONS = ("auto", "zscore", "ct", "rescale", "none", "percentile")
@@ -224,7 +228,8 @@ class nnsslPlanner:  # noqa: N801 - nnU-Net's naming of planners
 def save_plan(plan: Plan, manifest: Manifest, folder: Path) -> Path:
     """Writes the plans and, as nnU-Net does, `dataset.json` beside them.
 
-    Configurations of the user's own in plans of that name that are there already are kept.
+    Configurations of the user's own in plans of that name that are there already are kept. Where others of the plans'
+    differ, perhaps edited by hand, the former file is kept as `NAME.json.old`.
 
     Args:
         plan: Just made.
@@ -239,6 +244,10 @@ def save_plan(plan: Plan, manifest: Manifest, folder: Path) -> Path:
         earlier = Plan.load(path).raw["configurations"]
         own = {name: values for name, values in earlier.items() if values.get("inherits_from")}
         plan = Plan({**plan.raw, "configurations": {**own, **plan.raw["configurations"]}})
+        if plan.raw["configurations"] != earlier:
+            former = path.with_name(f"{path.name}.old")
+            shutil.copyfile(path, former)
+            logger.warning("%s held other plans, now in %s", path, former.name)
     description = manifest.folder / DATASET_FILE
     if description.is_file():
         write_json(folder / DATASET_FILE, read_json(description))

@@ -244,7 +244,11 @@ def test_saved_beside_dataset_json_with_the_users_configurations_kept(tmp_path):
     edited = Plan.load(path)
     edited.raw["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 7}
     edited.save(path)
+    former = folder / "nnsslPlans.json.old"
+    save_plan(plan_for("nnsslPlannerResEncL"), manifest_of(folder=raw), folder)
+    assert not former.exists()
     save_plan(plan_for("nnsslPlannerResEncXS"), manifest_of(folder=raw), folder)
+    assert Plan.load(former).raw == edited.raw
     again = Plan.load(path)
     assert again.configuration_names == ("mine", "3d_fullres")
     assert again.configuration("mine").patch_size == (64, 64, 64)
