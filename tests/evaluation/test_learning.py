@@ -114,4 +114,4 @@ def test_the_sham_s_own_metric_stands_beside_but_decides_nothing():
 def test_the_protocols_of_the_table_fit_every_method(file, backbone):
     trainers = tuple(name for name in TRAINERS.names() if backbone in TRAINERS.get(name).task.info.encoders)
     for name, protocol in read_settings(PROTOCOLS / file, trainers)["protocols"].items():
-        TRAINERS.get(name).configured(protocol.settings, backbone)
+        assert TRAINERS.get(name).configured(protocol.settings, backbone).val_steps_per_epoch == 8
