@@ -142,6 +142,8 @@ def _print_plan(plan: FinetuningPlan, preprocess_first: bool) -> None:
     settings = report["preprocessing"]
     print(f"{plan.plans_path}\n  spacing {settings['spacing']} mm, patch {settings['patch_size']}, ", end="")
     print(f"batch {settings['batch_size']}, {', '.join(settings['normalization_schemes'])}")
+    if len(settings["patch_size"]) == 2:
+        print("  the network is two-dimensional: a volume is fine-tuned and predicted slice by slice")
     if plan.weights_path is not None:
         print(f"{plan.weights_path}\n  tensors: {', '.join(f'{n} {k}' for k, n in report['tensors'].items())}")
     print(f"{plan.report_path}\n\nNext:")

@@ -230,6 +230,7 @@ def test_the_command_plans_preprocesses_and_says_what_comes_next(
     text = capsys.readouterr().out
     weights = labelled_dataset / "ptPlans__mae.pth"
     assert f"nnUNetv2_train {DATASET} 3d_fullres 0 -p ptPlans__mae -pretrained_weights {weights}" in text
+    assert "slice by slice" not in text
     lines = [line.strip() for line in text.splitlines()]
     commands = [number for number, line in enumerate(lines) if line.startswith("nnUNetv2_")]
     assert len(commands) == 2
@@ -239,6 +240,14 @@ def test_the_command_plans_preprocesses_and_says_what_comes_next(
     settings = plans["configurations"]["3d_fullres"]
     assert settings["spacing"] == [2.0, 2.0, 2.0]
     assert (labelled_dataset / settings["data_identifier"] / "ball_0.b2nd").is_file()
+
+
+def test_a_two_dimensional_network_on_volumes_says_so(
+    labelled_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(checkpoint(channels=1, dims=2), tmp_path / "flat.pth")
+    command.main(["-d", "7", "-pc", str(tmp_path / "flat.pth"), "-n", "flat", "--no_preprocess"])
+    assert "a volume is fine-tuned and predicted slice by slice" in capsys.readouterr().out
 
 
 def test_the_command_turns_mistakes_into_one_line(
