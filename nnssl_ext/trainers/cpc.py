@@ -93,7 +93,8 @@ class CPC(PretextTask):
         """
         data = batch.data.masked_fill(~batch.valid, 0)
         if train:
-            data = intensity_view(data, batch.valid, random.child("intensity"), self.config.intensity)
+            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
+            data = intensity_view(data, batch.valid, random.child("intensity"), intensity)
         boxes = boxes_in_cells(grid_cells(batch.valid, self.grid), random.child("cells"))
         return {
             "input": data,

@@ -142,10 +142,11 @@ class CroCo(PretextTask):
         random = replace(random, samples=random.samples[:: self.needs.images])
         first, second = self._pair(batch, random, train)
         if train:
+            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
             first, second = (
                 replace(
                     view,
-                    data=intensity_view(view.data, view.valid, random.child(name), self.config.intensity, inplace=True),
+                    data=intensity_view(view.data, view.valid, random.child(name), intensity, inplace=True),
                 )
                 for name, view in (("first", first), ("second", second))
             )

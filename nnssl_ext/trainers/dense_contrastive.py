@@ -167,10 +167,9 @@ class DenseContrastive(PretextTask):
         steps = torch.stack([place.matrix.abs() for place in pair]) * batch.spacing[:, :, None]
         mirrored = self._mirrored(batch, where, first, second) if config.mirror else {}
         if train:
+            intensity = config.intensity.suited_to(self.configuration.normalization_schemes)
             first, second = (
-                replace(
-                    view, data=intensity_view(view.data, view.valid, random.child(name), config.intensity, inplace=True)
-                )
+                replace(view, data=intensity_view(view.data, view.valid, random.child(name), intensity, inplace=True))
                 for name, view in (("first", first), ("second", second))
             )
         views = {

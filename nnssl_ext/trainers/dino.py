@@ -56,7 +56,6 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.masks import block_mask, check_blocks
 from nnssl_ext.views.multicrop import (
-    MEASURED,
     NUM_GLOBALS,
     MultiCropConfig,
     enlarged,
@@ -188,8 +187,8 @@ class DINO(PretextTask):
             `global0`, `global1` (B, C, *global size); `local0`, ... (B, C, *local size); `case` (B,), a number for
             each case.
         """
-        measured = MEASURED in self.configuration.normalization_schemes
-        crops = multi_crop(batch, random, self.config.crops, self._sizes_now(), augment=train, measured=measured)
+        config = self.config.crops.suited_to(self.configuration.normalization_schemes)
+        crops = multi_crop(batch, random, config, self._sizes_now(), augment=train)
         kinds = zip(("global", "local"), crops, strict=True)
         named = {f"{kind}{number}": view.data for kind, of_kind in kinds for number, view in enumerate(of_kind)}
         return {**named, "case": case_keys(batch.cases, batch.data.device)}

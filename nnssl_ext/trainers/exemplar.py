@@ -112,7 +112,8 @@ class Exemplar(PretextTask):
         plain = random_crop(batch.data, batch.valid, batch.spacing, random.child("plain"), (1, 1), size)
         moved = random_crop(batch.data, batch.valid, batch.spacing, draws, config.crop_scale, size, config.spatial)
         case = case_keys(batch.cases, batch.data.device)
-        changed = intensity_view(moved.data, moved.valid, draws.child("intensity"), config.intensity, inplace=True)
+        intensity = config.intensity.suited_to(self.configuration.normalization_schemes)
+        changed = intensity_view(moved.data, moved.valid, draws.child("intensity"), intensity, inplace=True)
         return {"changed": changed, "plain": plain.data, "case": case, "order": torch.zeros_like(case)}
 
     def forward(self, views: Views) -> StepOutput:

@@ -92,7 +92,8 @@ class Jigsaw(PretextTask):
         """
         data = batch.data.masked_fill(~batch.valid, 0)
         if train:
-            data = intensity_view(data, batch.valid, random.child("intensity"), self.config.intensity)
+            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
+            data = intensity_view(data, batch.valid, random.child("intensity"), intensity)
         order = torch.from_numpy(random.integers("order", 0, len(self.permutations))).to(data.device)
         boxes = boxes_in_cells(grid_cells(batch.valid, self.grid), random.child("cells"))
         shown = boxes.of(self.permutations[order])

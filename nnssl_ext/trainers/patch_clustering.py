@@ -13,7 +13,7 @@ images have in common; and where a batch has few tokens those of earlier steps j
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -49,7 +49,6 @@ from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
 from nnssl_ext.views.intensity import IntensityConfig, intensity_view
 from nnssl_ext.views.masks import upsample_blocks
-from nnssl_ext.views.multicrop import MEASURED
 from nnssl_ext.views.occupancy import occupied_cells
 from nnssl_ext.views.overlap import place_in
 from nnssl_ext.views.overlapping import with_overlap
@@ -192,9 +191,7 @@ class PatchClustering(PretextTask):
             views["cells_shown"] = (cells.abs() <= 1).all(1)
             views["cells_occupied"] = occupied.flatten(1)
             return {"first": first.data, "second": second.data, **views}
-        intensity = config.intensity
-        if MEASURED in self.configuration.normalization_schemes:
-            intensity = replace(intensity, brightness=0, contrast=0, gamma=0)
+        intensity = config.intensity.suited_to(self.configuration.normalization_schemes)
         for name, view in (("first", first), ("second", second)):
             views[name] = intensity_view(view.data, view.valid, random.child(name), intensity, inplace=True)
         return views

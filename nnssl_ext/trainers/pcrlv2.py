@@ -48,7 +48,7 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import noise_by_boxes
 from nnssl_ext.views.intensity import IntensityConfig, intensity_view
-from nnssl_ext.views.multicrop import MEASURED, NUM_GLOBALS, MultiCropConfig, multi_crop, num_patches, view_sizes
+from nnssl_ext.views.multicrop import NUM_GLOBALS, MultiCropConfig, multi_crop, num_patches, view_sizes
 from nnssl_ext.views.sham import of_another_case, restore_another_case
 
 NUM_SCALES = 3
@@ -143,9 +143,7 @@ class PCRLv2(PretextTask):
         config = self.config
         plain = replace(config.crops, intensity=UNCHANGED)
         large, small = multi_crop(batch, random, plain, self.sizes, augment=train)
-        intensity = config.crops.intensity if train else UNCHANGED
-        if MEASURED in self.configuration.normalization_schemes:
-            intensity = replace(intensity, brightness=0, contrast=0, gamma=0)
+        intensity = config.crops.suited_to(self.configuration.normalization_schemes).intensity if train else UNCHANGED
         drawn = random.integers("scale", 0, len(self.predictors), (len(self.pairs[0]),))
         views = {
             "target": torch.stack([view.data for view in large], 1),

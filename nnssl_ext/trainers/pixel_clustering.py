@@ -35,7 +35,6 @@ from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
 from nnssl_ext.views.intensity import IntensityConfig, intensity_view
 from nnssl_ext.views.labels import NOTHING, labels_in_view, labels_of_other_view
-from nnssl_ext.views.multicrop import MEASURED
 from nnssl_ext.views.occupancy import occupied_cells
 from nnssl_ext.views.overlapping import with_overlap
 from nnssl_ext.views.sham import restore_another_case
@@ -160,7 +159,7 @@ class PixelClustering(PretextTask):
         images, valid = [each.data for each in seen], torch.cat([each.valid for each in seen])
         classes = torch.cat(labels)
         if train:
-            intensity = self._intensity()
+            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
             images = [
                 intensity_view(each.data, each.valid, random.child(f"intensity{number}"), intensity, inplace=True)
                 for number, each in enumerate(seen)
@@ -192,11 +191,6 @@ class PixelClustering(PretextTask):
         own = [self._labelled(view.data, view.valid) for view in seen]
         first, second = pair
         return seen, [labels_of_other_view(own[1], second, first), labels_of_other_view(own[0], first, second)]
-
-    def _intensity(self) -> IntensityConfig:
-        if MEASURED in self.configuration.normalization_schemes:
-            return replace(self.config.intensity, brightness=0, contrast=0, gamma=0)
-        return self.config.intensity
 
     def _labelled(self, image: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """The cluster of every voxel, `NOTHING` on background: (B, 1, *size), of images that are 0 where not valid."""

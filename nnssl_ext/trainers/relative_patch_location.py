@@ -85,7 +85,8 @@ class RelativePatchLocation(PretextTask):
         """
         data = batch.data.masked_fill(~batch.valid, 0)
         if train:
-            data = intensity_view(data, batch.valid, random.child("intensity"), self.config.intensity)
+            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
+            data = intensity_view(data, batch.valid, random.child("intensity"), intensity)
         place = torch.from_numpy(random.integers("place", 0, self.num_classes)).to(data.device)
         other = place + (place >= self.middle)
         shown = torch.stack([torch.full_like(other, self.middle), other], 1)

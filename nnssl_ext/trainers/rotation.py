@@ -80,7 +80,8 @@ class Rotation(PretextTask):
         cube = inner_view(batch.data, batch.valid, self.size)
         data = cube.data
         if train:
-            data = intensity_view(data, cube.valid, random.child("intensity"), self.config.intensity)
+            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
+            data = intensity_view(data, cube.valid, random.child("intensity"), intensity)
         turns = random.integers("turns", 0, len(self.rotations))
         return {
             "input": data,

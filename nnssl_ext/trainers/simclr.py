@@ -41,7 +41,7 @@ from nnssl_ext.models.queue import EMPTY, FeatureQueue, all_rows, case_keys
 from nnssl_ext.models.standardise import Standardise
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
-from nnssl_ext.views.multicrop import MEASURED, MultiCropConfig, multi_crop, view_sizes
+from nnssl_ext.views.multicrop import MultiCropConfig, multi_crop, view_sizes
 from nnssl_ext.views.sham import of_another_case
 
 
@@ -121,9 +121,8 @@ class SimCLR(PretextTask):
             `first` and `second` (B, C, *size); `case` (B,), a number for each case; `partner` (B,), which second view
             belongs to each first one.
         """
-        measured = MEASURED in self.configuration.normalization_schemes
-        sizes = (self.size, self.size)
-        (first, second), _ = multi_crop(batch, random, self.config.crops, sizes, augment=train, measured=measured)
+        config = self.config.crops.suited_to(self.configuration.normalization_schemes)
+        (first, second), _ = multi_crop(batch, random, config, (self.size, self.size), augment=train)
         return {
             "first": first.data,
             "second": second.data,

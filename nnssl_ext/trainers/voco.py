@@ -110,8 +110,9 @@ class VoCo(PretextTask):
         boxes = boxes_anywhere(cells, random, self.config.num_crops)
         data = {name: batch.data.masked_fill(~batch.valid, 0) for name in ("bases", "crops")}
         if train:
+            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
             for name, each in data.items():
-                data[name] = intensity_view(each, batch.valid, random.child(name), self.config.intensity)
+                data[name] = intensity_view(each, batch.valid, random.child(name), intensity)
         return {
             "input": data["bases"],
             "bases": resample_boxes(data["bases"], batch.valid, cells, self.size),

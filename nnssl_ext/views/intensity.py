@@ -9,7 +9,7 @@ The batch is copied once and then changed in place, one channel of a sample at a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from nnssl_ext.core.random import SampleRandom
 
+MEASURED = "CTNormalization"
+"""The normalisation of images whose numbers are physical."""
 _TINY = 1e-6
 _SEEDS = 2**62
 _BLOCK = 32
@@ -68,6 +70,11 @@ class IntensityConfig:
             raise ValueError(f"noise_std={self.noise_std} must be two numbers of 0 or more, the smaller one first.")
         if self.low_resolution_range[1] > 1:
             raise ValueError(f"low_resolution_range={self.low_resolution_range} must end at 1 or below.")
+
+    def suited_to(self, normalization_schemes: Sequence[str]) -> IntensityConfig:
+        """Without brightness, contrast and gamma where a channel's numbers are measured, as those of CT are."""
+        measured = MEASURED in normalization_schemes
+        return replace(self, brightness=0, contrast=0, gamma=0, inverted_gamma=0) if measured else self
 
 
 def intensity_view(

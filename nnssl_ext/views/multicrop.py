@@ -18,8 +18,6 @@ from nnssl_ext.views.spatial import SpatialConfig
 from nnssl_ext.views.transform import SpatialView
 
 NUM_GLOBALS = 2
-MEASURED = "CTNormalization"
-"""The normalisation of images whose numbers are physical."""
 MIN_POSITIONS = 2
 """Positions per axis that the deepest feature map has at least: of a single one, instance normalisation leaves 0."""
 LOCAL_POSITIONS, ROOM = 4, 6
@@ -59,6 +57,10 @@ class MultiCropConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name}={(low, high)} must be two numbers in (0, 1], the smaller one first.")
+
+    def suited_to(self, normalization_schemes: Sequence[str]) -> MultiCropConfig:
+        """With intensities that change no more than such channels bear; see `IntensityConfig.suited_to`."""
+        return replace(self, intensity=self.intensity.suited_to(normalization_schemes))
 
 
 def view_sizes(
@@ -116,7 +118,6 @@ def multi_crop(
     sizes: tuple[Sequence[int], Sequence[int]],
     *,
     augment: bool,
-    measured: bool = False,
 ) -> tuple[list[SpatialView], list[SpatialView]]:
     """Cuts the views of a batch.
 
@@ -126,20 +127,18 @@ def multi_crop(
         config: How many views, of what size, and how they change.
         sizes: Voxels of global and of local views.
         augment: Whether views are moved and their intensities changed; size and place are random in any case.
-        measured: Whether intensities are physical.
 
     Returns:
         The global views and the local ones. All their voxels are valid wherever the volume holds a view at all.
     """
     spatial = config.spatial if augment else UNMOVED
-    intensity = replace(config.intensity, brightness=0, contrast=0, gamma=0) if measured else config.intensity
 
     def cut(name: str, scale: tuple[float, float], size: Sequence[int]) -> SpatialView:
         draws = random.child(name)
         view = random_crop(batch.data, batch.valid, batch.spacing, draws, scale, size, spatial)
         if not augment:
             return view
-        changed = intensity_view(view.data, view.valid, draws.child("intensity"), intensity, inplace=True)
+        changed = intensity_view(view.data, view.valid, draws.child("intensity"), config.intensity, inplace=True)
         return replace(view, data=changed)
 
     large = [cut(f"global{number}", config.global_scale, sizes[0]) for number in range(NUM_GLOBALS)]

@@ -59,11 +59,12 @@ def test_views_differ_and_local_ones_are_smaller():
 def test_measured_intensities_keep_their_scale():
     """Fails if CT numbers are stretched: a voxel's value is then no longer its density."""
     batch = ramps(CROPS["3d"], 1.0)
-    change = IntensityConfig(**{**vars(NOTHING), "brightness": 1.0, "contrast": 1.0, "gamma": 1.0})
+    scales = dict.fromkeys(("brightness", "contrast", "gamma", "inverted_gamma"), 1.0)
+    change = IntensityConfig(**{**vars(NOTHING), **scales})
     config = MultiCropConfig(num_locals=0, spatial=SpatialConfig(flip=0, rotation=0, scaling=0), intensity=change)
     kept, changed = (
-        multi_crop(batch, RANDOM, config, ((16, 16, 8), ()), augment=True, measured=measured)[0][0]
-        for measured in (True, False)
+        multi_crop(batch, RANDOM, config.suited_to([scheme]), ((16, 16, 8), ()), augment=True)[0][0]
+        for scheme in ("CTNormalization", "ZScoreNormalization")
     )
     assert torch.allclose(kept.data, kept.transform.coordinates(), atol=1e-2)
     assert not torch.allclose(changed.data, kept.data, atol=1.0)
