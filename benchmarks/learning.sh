@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The table of docs/methods/learning.md: what each method learns of its own on the Decathlon's hippocampus data.
 #
-#   benchmarks/learning.sh path/to/Task04_Hippocampus path/to/workspace [unet|primus|two_channels ...]
+#   benchmarks/learning.sh path/to/Task04_Hippocampus path/to/workspace [unet|primus|long|two_channels ...]
 #
 # 80 scans without labels are pretrained on, with small networks and some hundred steps. Of the other scans 20 are the
 # pool that probes and fine-tuning draw 5 labelled cases from, and 30 are the test. Each method stands beside its own
@@ -21,22 +21,26 @@ mkdir -p "$nnssl_raw" "$nnssl_preprocessed" "$nnssl_results"
     nnssl_convert msd "$source" -d 4 --unlabelled 80 --unlabelled_dataset 1
 nnssl_plan_and_preprocess -d 1 -pl nnsslPlannerResEncXS -np 2
 
-compare() { # name, labelled and unlabelled dataset, trainers
-    nnssl_compare -d "$2" --pretrain_dataset "$3" -tr "${@:4}" --budget 550 --settings "$here/learning/$1.json" \
-        --splits "$here/learning/splits.json" --num_train 5 --seeds $seeds --sham --name "learning_$1" \
+compare() { # name, settings, labelled and unlabelled dataset, trainers
+    nnssl_compare -d "$3" --pretrain_dataset "$4" -tr "${@:5}" --budget 550 --settings "$here/learning/$2.json" \
+        --splits "$here/learning/splits.json" --num_train 5 --seeds $seeds --sham --name "$1" \
         -device cpu --precision bf16 -np 2
 }
 
 learn() { # group
     case $1 in
     unet)
-        compare unet 4 1 MAETrainer SparkTrainer ModelsGenesisTrainer InpaintingTrainer VolumeFusionTrainer \
-            SwinUNETRTrainer DINOTrainer DINOv2Trainer RotationTrainer JigsawTrainer RelativePatchLocationTrainer \
-            ExemplarTrainer CPCTrainer SimCLRTrainer VoCoTrainer DenseContrastiveTrainer PatchClusteringTrainer \
-            PixelClusteringTrainer PCRLv2Trainer RegistrationTrainer MultiTaskTrainer
+        compare learning_unet unet 4 1 MAETrainer SparkTrainer ModelsGenesisTrainer InpaintingTrainer \
+            VolumeFusionTrainer SwinUNETRTrainer DINOTrainer DINOv2Trainer RotationTrainer JigsawTrainer \
+            RelativePatchLocationTrainer ExemplarTrainer CPCTrainer SimCLRTrainer VoCoTrainer DenseContrastiveTrainer \
+            PatchClusteringTrainer PixelClusteringTrainer PCRLv2Trainer RegistrationTrainer MultiTaskTrainer
         ;;
     primus)
-        compare primus 4 1 MAETrainer SimMIMTrainer CroCoTrainer DINOv2Trainer
+        compare learning_primus primus 4 1 MAETrainer SimMIMTrainer CroCoTrainer ModelsGenesisTrainer \
+            InpaintingTrainer VolumeFusionTrainer SwinUNETRTrainer DINOv2Trainer
+        ;;
+    long) # as many volumes for both, some seven times those of the other groups
+        compare learning_long long 4 1 MAETrainer DINOv2Trainer
         ;;
     two_channels) # a smoke test, and no evidence: the second contrast is made from the first
         for number in 001 004; do
@@ -45,17 +49,17 @@ learn() { # group
             [ -f "$two/dataset.json" ] || python "$here/smoke_derived_contrast.py" "$one" "$two"
         done
         nnssl_plan_and_preprocess -d 101 -pl nnsslPlannerResEncXS -np 2
-        compare primus 104 101 MultiMAETrainer
+        compare smoke_derived_contrast primus 104 101 MultiMAETrainer
         ;;
     *)
-        echo "There is no group $1: give unet, primus or two_channels." >&2
+        echo "There is no group $1: give unet, primus, long or two_channels." >&2
         exit 2
         ;;
     esac
 }
 
 for seeds in "0" "0 1" "0 1 2"; do
-    for group in ${groups:-unet primus two_channels}; do
+    for group in ${groups:-unet primus two_channels long}; do
         learn "$group"
     done
 done
