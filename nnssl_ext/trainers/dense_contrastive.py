@@ -18,7 +18,6 @@ from math import prod
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.monitors import token_spread
@@ -43,6 +42,7 @@ from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
 from nnssl_ext.views.intensity import IntensityConfig, intensity_view
 from nnssl_ext.views.mirror import read_at, reflected, seen_at, shown_at
+from nnssl_ext.views.occupancy import textured
 from nnssl_ext.views.overlap import place_in
 from nnssl_ext.views.places import shared_places
 from nnssl_ext.views.sham import of_another_case
@@ -159,7 +159,7 @@ class DenseContrastive(PretextTask):
         data = batch.data.masked_fill(~batch.valid, 0)
         first, second = (apply_transform(data, batch.valid, place) for place in pair)
         there = place_in(second.transform, first.transform)
-        asked = first.valid & textured(first, config.background_std)
+        asked = textured(first.data, first.valid, config.background_std)
         chosen, counted = shared_places(asked, there, size, random.child("places"), self.positions)
         index = chosen[:, None].expand(-1, len(size), -1)
         edges = torch.tensor(size, device=there.device)
@@ -203,7 +203,7 @@ class DenseContrastive(PretextTask):
         views = {"mirrored": mirrored}
         for name, view in (("first", first), ("second", second)):
             there = seen_at(view.transform, mirrored / batch.spacing[:, None])
-            asked = view.valid & textured(view, config.background_std)
+            asked = textured(view.data, view.valid, config.background_std)
             views |= {f"{name}_mirror": there, f"{name}_shows": shown_at(asked, there, size)}
         return views
 
@@ -255,13 +255,6 @@ class DenseContrastive(PretextTask):
     def export_network(self) -> nn.Module:
         """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
         return export_network(self.configuration, self.encoder, self.decoder)
-
-
-def textured(view: SpatialView, least: float) -> torch.Tensor:
-    """Voxels around which a view's intensities deviate by that much, in any channel: (B, 1, *size), bool."""
-    pool = functional.avg_pool3d if view.data.ndim == 5 else functional.avg_pool2d
-    mean, square = (pool(each, 5, 1, 2, count_include_pad=False) for each in (view.data, view.data.square()))
-    return (square - mean.square() > least**2).any(1, keepdim=True)
 
 
 @TRAINERS.register

@@ -11,25 +11,42 @@ NEIGHBOURHOOD = 5
 """Voxels, along each axis, of the box whose deviation tells whether it is flat."""
 
 
+def textured(data: Tensor, valid: Tensor, least_std: float) -> Tensor:
+    """Real voxels around which intensities deviate by that much, in any channel.
+
+    What is not real takes no part in the deviation, so that flat air beside padding stays flat.
+
+    Args:
+        data: (B, C, *size).
+        valid: (B, 1, *size), bool.
+        least_std: Deviation on a voxel's neighbourhood.
+
+    Returns:
+        (B, 1, *size), bool.
+    """
+    pool = functional.avg_pool3d if data.ndim == 5 else functional.avg_pool2d
+    data, real = data.float().masked_fill(~valid, 0), valid.float()
+    mean, square, share = (
+        pool(each, NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2, count_include_pad=False)
+        for each in (data, data.square(), real)
+    )
+    deviates = square / share - (mean / share).square() > least_std**2  # 0 / 0 where nothing is real, which is never
+    return deviates.any(1, keepdim=True) & valid
+
+
 def occupied_cells(data: Tensor, valid: Tensor, cell: Sequence[int], least_std: float, least_share: float) -> Tensor:
-    """Cells of which that share is real and textured.
+    """Cells of which that share is real and `textured`.
 
     Args:
         data: (B, C, *size).
         valid: (B, 1, *size), bool.
         cell: Voxels of a cell per axis, which divide the size.
-        least_std: Deviation, in any channel, from which on a voxel's neighbourhood is textured.
+        least_std: Deviation from which on a voxel is textured.
         least_share: In [0, 1]; of a cell, and never none.
 
     Returns:
         (B, 1, *cells), bool.
     """
-    pool = functional.avg_pool3d if data.ndim == 5 else functional.avg_pool2d
-    reach = NEIGHBOURHOOD // 2
-    mean, square = (
-        pool(each.float(), NEIGHBOURHOOD, 1, reach, count_include_pad=False) for each in (data, data.square())
-    )
-    textured = (square - mean.square() > least_std**2).any(1, keepdim=True) & valid
     grid = [edge // step for edge, step in zip(data.shape[2:], cell, strict=True)]
-    share = functional.interpolate(textured.float(), size=grid, mode="area")
+    share = functional.interpolate(textured(data, valid, least_std).float(), size=grid, mode="area")
     return (share >= least_share) & (share > 0)
