@@ -12,6 +12,7 @@ tells the overlap by its value; and features are standardised by running moments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -137,7 +138,7 @@ class VoCo(PretextTask):
         nearest = target.gather(2, cosines.argmax(2, keepdim=True)).squeeze(2)
         metrics = {
             "accuracy": (nearest > 0).logical_and(nearest >= target.amax(2)).float().mean(),
-            "accuracy_chance": torch.full((), 1 / prod(self.grid), device=target.device),
+            "accuracy_chance": torch.full((), best_guess(self.grid), device=target.device),
         }
         examples = {"base": views["bases"][:: prod(self.grid)], "crop": views["crops"][:: self.config.num_crops]}
         with_overlap = (target[:, :1] @ bases.detach()).squeeze(1)
@@ -164,12 +165,25 @@ class VoCo(PretextTask):
 
 
 def base_grid(number: int, patch_size: tuple[int, ...], spacing: tuple[float, ...]) -> tuple[int, ...]:
-    """Bases per axis: in 3D one along the axis along which the patch is shortest in mm, of equals the first."""
+    """Bases per axis: in 3D one along the axis along which the patch is shortest in mm, of equals the first.
+
+    All cases have the same bases, so the spacing is the plan's, also where theirs differ.
+    """
     extent = [size * step for size, step in zip(patch_size, spacing, strict=True)]
     grid = [number] * len(extent)
     if len(extent) == 3:
         grid[extent.index(min(extent))] = 1
     return tuple(grid)
+
+
+def best_guess(grid: Sequence[int]) -> float:
+    """How often a crop overlaps that base most which most crops do: what an answer that is always the same achieves.
+
+    Along an axis of n bases a crop begins at any of the n - 1 edges between the first place and the last, equally
+    likely, and the base of most overlap is the nearest one. That is an inner one over a whole edge, and one at the end
+    over half an edge: 1 / (n - 1), or half of two.
+    """
+    return prod(1 / max(min(number, 2), number - 1) for number in grid)
 
 
 def boxes_anywhere(cells: Boxes, random: SampleRandom, number: int) -> Boxes:

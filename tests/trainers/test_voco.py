@@ -7,7 +7,8 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.voco import voco_loss
 from nnssl_ext.models.backbone import descriptor
-from nnssl_ext.trainers.voco import VoCo, VoCoConfig, VoCoTrainer, base_grid
+from nnssl_ext.trainers.voco import VoCo, VoCoConfig, VoCoTrainer, base_grid, best_guess, boxes_anywhere
+from nnssl_ext.views.cells import grid_cells, overlaps
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
 PATCHES = [(16, 24, 8), (24, 16)]
@@ -76,7 +77,16 @@ def test_the_loss_compares_crops_with_the_slow_copy_of_their_own_bases(tiny_plan
     cosines = torch.nn.functional.cosine_similarity(rows[0][:, :, None], rows[2][:, None], dim=3)
     hits = views["target"].argmax(2) == cosines.argmax(2)
     assert output.metrics["accuracy"].item() == pytest.approx(hits.float().mean().item())
-    assert output.metrics["accuracy_chance"].item() == pytest.approx(1 / 16)
+    assert output.metrics["accuracy_chance"].item() == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 4), (2, 2), (5, 3)])
+def test_chance_is_what_the_best_constant_answer_achieves(grid):
+    """Catches a chance that takes all bases for equally likely: inner ones are the nearest twice as often."""
+    cells = grid_cells(torch.ones(1, 1, *[11] * len(grid), dtype=torch.bool), grid)
+    boxes = boxes_anywhere(cells, SampleRandom(seed=0, step=0, samples=(0,)), 20000)
+    nearest = overlaps(boxes, cells).argmax(2).flatten()
+    assert nearest.bincount().max() / 20000 == pytest.approx(best_guess(grid), abs=0.01)
 
 
 def test_the_slow_copy_moves_by_a_hundredth(tiny_plan):
