@@ -8,7 +8,8 @@ count as a second, weaker positive (`mirror`).
 
 Papers: O. Pinheiro et al. 2020 (arXiv:2011.05499) and Wang et al. 2021 (arXiv:2011.09157) for dense contrast. Other
 than there, places closer than two strides of the features are no negatives of each other, and flat regions (air) are
-left out. Encoder and decoder of a U-Net go to fine-tuning, of a transformer the encoder.
+left out. Of images of several modalities both views hold all: modalities are not contrasted with each other. Encoder
+and decoder of a U-Net go to fine-tuning, of a transformer the encoder.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class DenseContrastive(PretextTask):
         index = chosen[:, None].expand(-1, len(size), -1)
         edges = torch.tensor(size, device=there.device)
         where = first.transform.coordinates().flatten(2).gather(2, index).transpose(1, 2) * batch.spacing[:, None]
-        steps = torch.stack([place.matrix.abs() for place in pair]) * batch.spacing[:, :, None]
+        steps = torch.stack([place.matrix for place in pair]) * batch.spacing[:, :, None]  # a column a step, in mm
         mirrored = self._mirrored(batch, where, first, second) if config.mirror else {}
         if train:
             intensity = config.intensity.suited_to(self.configuration.normalization_schemes)
@@ -180,7 +181,7 @@ class DenseContrastive(PretextTask):
             "places": chosen,
             "there": there.flatten(2).gather(2, index).transpose(1, 2) * 2 / edges,
             "where": where,
-            "reach": NEAR_STRIDES * (steps * torch.tensor(self.stride, device=there.device)).amax((0, 2, 3)),
+            "reach": NEAR_STRIDES * (steps.norm(dim=2) * torch.tensor(self.stride, device=there.device)).amax((0, 2)),
             "counted": counted,
             "partner": torch.arange(len(chosen), device=chosen.device),
             **mirrored,
