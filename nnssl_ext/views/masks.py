@@ -21,6 +21,9 @@ def block_mask(
 ) -> Tensor:
     """Hides random blocks until the hidden share of the voxels is as near `ratio` as whole blocks allow.
 
+    With a ratio between 0 and 1 something real stays visible and something is hidden. Where a sample's real voxels all
+    lie in one block, that is impossible: nothing is hidden, so it is seen whole and nothing is asked of it.
+
     Blocks tile the patch from its first voxel and are clipped at its far border. Voxels are counted, not blocks, so a
     clipped block counts for what is left of it. Where `valid` is given only real voxels count: the padding of a small
     volume neither uses up the hidden share nor dilutes it. He et al. 2022 (arXiv:2111.06377), block-wise as in
@@ -50,7 +53,10 @@ def block_mask(
     hidden_before = torch.nn.functional.pad(
         counts.cumsum(1), (1, 0)
     ).double()  # voxels hidden by the first 0, 1, ... n blocks
-    num_hidden = (hidden_before - ratio * hidden_before[:, -1:]).abs().argmin(1, keepdim=True)
+    total = hidden_before[:, -1:]
+    wanted = ratio * total
+    trivial = ((hidden_before == 0) | (hidden_before == total)) & (wanted > 0) & (wanted < total)
+    num_hidden = (hidden_before - wanted).abs().masked_fill(trivial, torch.inf).argmin(1, keepdim=True)
     rank = torch.arange(order.shape[1], device=device).expand_as(order)
     chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, rank < num_hidden)
     return upsample_blocks(chosen.view(-1, 1, *grid), block, shape)

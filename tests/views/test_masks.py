@@ -60,6 +60,21 @@ def test_only_real_voxels_are_counted() -> None:
     assert not torch.equal(hidden[1], whole[1] & valid[1])
 
 
+@pytest.mark.parametrize("shape", [(16, 24), (16, 16, 24)])
+def test_something_real_stays_visible_and_something_is_hidden(shape) -> None:
+    """A whole crop; one whose real voxels lie in two of the blocks; one that is real in a single block, and is seen.
+
+    Catches the nearest share where that hides all: with blocks of two thirds and one third, in half of the draws.
+    """
+    valid = torch.ones(3, 1, *shape, dtype=torch.bool)
+    valid[1, ..., :14], valid[2, ..., 16:] = False, False
+    for step in range(8):
+        hidden = block_mask(SampleRandom(0, step, (0, 1, 2)), shape, 16, 0.75, valid=valid)
+        count, real = (each.flatten(1).sum(1) for each in (hidden & valid, valid))
+        assert ((count > 0) & (count < real)).tolist() == [True, True, False]
+        assert count[2] == 0
+
+
 def test_blocks_are_hidden_with_equal_probability_and_independently_of_their_place() -> None:
     mask = block_mask(SampleRandom(0, 0, tuple(range(600))), (12, 8), 4, 0.5)
     counts = mask[:, 0, ::4, ::4].flatten(1).sum(0).numpy()
