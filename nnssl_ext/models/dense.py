@@ -1,7 +1,8 @@
 """From an image to voxels and to one vector, on either backbone: what tasks run that ask something of every voxel.
 
 A U-Net runs whole. A transformer sees all tokens that hold no padding, and the light decoder of masked autoencoders
-gives the voxels; a place that it did not see has the mask token there.
+gives the voxels. A place that it did not see has the mask token there, and nothing is to be asked of it: see
+`views.tokens.whole_only`.
 """
 
 from __future__ import annotations

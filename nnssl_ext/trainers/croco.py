@@ -50,7 +50,7 @@ class CroCoConfig:
     """Settings of cross-view completion."""
 
     mask_ratio: float = 0.9
-    """Share of the first view's tokens that is hidden, in (0, 1). Weinzaepfel et al. 2022."""
+    """Share of the first view's real voxels that is hidden, in (0, 1), in whole tokens. Weinzaepfel et al. 2022."""
     pair: Literal["crop", "session"] = "crop"
     """What the two views are of: one image, or two co-registered images of one session, such as two contrasts."""
     parent_scale: float = 1.4

@@ -42,7 +42,7 @@ from nnssl_ext.views.corruptions import noise_by_boxes, on_rows
 from nnssl_ext.views.sham import of_another_case, restore_another_case
 from nnssl_ext.views.shuffles import scattered_windows, shuffle_within
 from nnssl_ext.views.spatial import SpatialConfig, training_view
-from nnssl_ext.views.tokens import whole_places
+from nnssl_ext.views.tokens import whole_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +116,9 @@ class Inpainting(PretextTask):
         """Crops, moved about in training, and two damaged views of each.
 
         Returns:
-            `target` (B, C, *patch); `first` and `second`, likewise; `valid` (B, 1, *patch), bool; `case` (B,), a number
-            for each case; `partner` (B,), the row of the second view that belongs to each first one; for a transformer
-            also `kept`, the tokens without padding.
+            `target` (B, C, *patch); `first` and `second`, likewise; `valid` (B, 1, *patch), bool, what is asked for;
+            `case` (B,), a number for each case; `partner` (B,), the row of the second view that belongs to each first
+            one; for a transformer also `kept`, the tokens without padding, and of these alone `valid`.
         """
         target, valid = training_view(batch, random, self.config.spatial, train)
         target = target.masked_fill(~valid, 0)
@@ -126,7 +126,7 @@ class Inpainting(PretextTask):
         views |= {"target": target, "valid": valid, "case": case_keys(batch.cases, target.device)}
         views["partner"] = torch.arange(len(target), device=target.device)
         if is_transformer(self.encoder):
-            views["kept"] = whole_places(valid, self.encoder.token_size)
+            views |= whole_only(valid, self.encoder.token_size)
         return views
 
     def forward(self, views: Views) -> StepOutput:

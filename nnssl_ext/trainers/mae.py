@@ -38,7 +38,7 @@ class MAEConfig:
     """Settings of masked autoencoders."""
 
     mask_ratio: float = 0.75
-    """Share of the voxels (on a transformer: of the tokens) that is hidden, in (0, 1). He et al. 2022."""
+    """Share of the real voxels that is hidden, in (0, 1), in whole blocks or tokens. He et al. 2022."""
     block_size: int = 16
     """Edge of a hidden block in voxels, 1 or more; blocks at the far border are clipped. Wald et al. 2024. On a
     transformer the token is hidden instead."""

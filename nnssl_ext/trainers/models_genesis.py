@@ -30,7 +30,7 @@ from nnssl_ext.views.corruptions import bend_intensities, noise_by_boxes, on_row
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.shuffles import shuffle_within, tiled_windows
 from nnssl_ext.views.spatial import SpatialConfig, training_view
-from nnssl_ext.views.tokens import whole_places
+from nnssl_ext.views.tokens import whole_only
 
 SHORTEST_WINDOW = 2
 """Edge in voxels that windows may have even where their share of a small crop is less."""
@@ -100,14 +100,14 @@ class ModelsGenesis(PretextTask):
         """Crops, moved about in training, and what the network sees of them.
 
         Returns:
-            `target` and `image` (B, C, *patch); `valid` (B, 1, *patch), bool; for a transformer also `kept`, the tokens
-            without padding.
+            `target` and `image` (B, C, *patch); `valid` (B, 1, *patch), bool, what is asked for; for a transformer also
+            `kept`, the tokens without padding, and of these alone `valid`.
         """
         target, valid = training_view(batch, random, self.config.spatial, train)
         target = target.masked_fill(~valid, 0)
         views = {"target": target, "image": damaged(target, valid, random, self.config), "valid": valid}
         if is_transformer(self.encoder):
-            views["kept"] = whole_places(valid, self.encoder.token_size)
+            views |= whole_only(valid, self.encoder.token_size)
         return views
 
     def forward(self, views: Views) -> StepOutput:

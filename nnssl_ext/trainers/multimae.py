@@ -56,7 +56,7 @@ class MultiMAEConfig:
 
     mask_ratio: float = 5 / 6
     """Share of the tokens of all modalities together that is hidden, in (0, 1). Bachmann et al. 2022 hide 5/6 of three
-    modalities and 3/4 of two."""
+    modalities and 3/4 of two. A crop with padding shows as many as one without, so a smaller share of it is hidden."""
     decoder_depth: int = 2
     """Blocks of each modality's decoder, 1 or more. Bachmann et al. 2022."""
     decoder_width: int = 256

@@ -41,7 +41,8 @@ class SimMIMConfig:
     """Settings of SimMIM."""
 
     mask_ratio: float = 0.75
-    """Share of the tokens that is hidden, in (0, 1). Wald et al. 2024; the paper hides 0.6 of larger units."""
+    """Share of the real voxels that is hidden, in (0, 1), in whole tokens. Wald et al. 2024; the paper hides 0.6 of
+    larger units."""
     target: TargetConfig = field(default_factory=TargetConfig)
     """What is asked for of the hidden voxels."""
     spatial: SpatialConfig = field(default_factory=SpatialConfig)

@@ -37,7 +37,8 @@ class SparkConfig:
     """Settings of SparK."""
 
     mask_ratio: float = 0.75
-    """Share of the cells that is hidden, in (0, 1); a cell is one position of the deepest feature map."""
+    """Share of the real voxels that is hidden, in (0, 1), in whole cells; a cell is one position of the deepest feature
+    map."""
     mask_ratio_max: float | None = None
     """If given, the share is drawn anew for each step, uniformly from `mask_ratio` to this, in (0, 1). S3D draws from
     0.6 to 0.9. Validation hides the mean of both."""

@@ -42,7 +42,7 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import cut_out
 from nnssl_ext.views.sham import drawn_classes, of_another_case
-from nnssl_ext.views.tokens import whole_places
+from nnssl_ext.views.tokens import whole_only
 from nnssl_ext.views.turns import NUM_TURNS, only_shown, quarter_turned, turning_plane
 
 WARMUP_STEPS = 500
@@ -121,7 +121,7 @@ class SwinUNETR(PretextTask):
             `target` (2B, C, *patch); `image`, likewise, 0 where cut out; `asked` and `valid` (2B, 1, *patch), bool:
             what is cut out, and what is real; `turns` (2B,), 0 to 3; `fair` (2B,), bool, False where padding
             tells the turn; `case` (B,), a number for each case; `partner` (B,), which second view belongs to each first
-            one; for a transformer also `kept`, the tokens without padding.
+            one; for a transformer also `kept`, the tokens without padding, and of these alone `valid` and `asked`.
         """
         first, second = (self._view(batch, random.child(name)) for name in ("first", "second"))
         views = {name: torch.cat([first[name], second[name]]) for name in first}
@@ -129,7 +129,8 @@ class SwinUNETR(PretextTask):
         views["case"] = case_keys(batch.cases, batch.data.device)
         views["partner"] = torch.arange(len(batch.data), device=batch.data.device)
         if is_transformer(self.encoder):
-            views["kept"] = whole_places(views["valid"], self.encoder.token_size)
+            views |= whole_only(views["valid"], self.encoder.token_size)
+            views["asked"] &= views["valid"]
         return views
 
     def _view(self, batch: Batch, random: SampleRandom) -> Views:

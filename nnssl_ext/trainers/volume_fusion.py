@@ -26,7 +26,7 @@ from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import paint_boxes
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, training_view
-from nnssl_ext.views.tokens import whole_places
+from nnssl_ext.views.tokens import whole_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,8 @@ class VolumeFusion(PretextTask):
 
         Returns:
             `image` (B, C, *patch), 0 where one of the two is padding; `classes` (B, 1, *patch), int64, the first
-            row's share times `levels`; `valid` (B, 1, *patch), bool; for a transformer also `kept`, the tokens without
-            padding.
+            row's share times `levels`; `valid` (B, 1, *patch), bool, what is asked for; for a transformer also `kept`,
+            the tokens without padding, and of these alone `valid`.
         """
         data, valid = training_view(batch, random, self.config.spatial, train)
         valid = valid[::2] & valid[1::2]
@@ -96,7 +96,7 @@ class VolumeFusion(PretextTask):
         image = fused(data[::2], data[1::2], classes, self.config.levels).masked_fill(~valid, 0)
         views = {"image": image, "classes": classes, "valid": valid}
         if is_transformer(self.encoder):
-            views["kept"] = whole_places(valid, self.encoder.token_size)
+            views |= whole_only(valid, self.encoder.token_size)
         return views
 
     def forward(self, views: Views) -> StepOutput:

@@ -15,14 +15,15 @@ from nnssl_ext.views.masks import upsample_blocks
 def keep_tokens(random: SampleRandom, valid: Tensor, token_size: Sequence[int], ratio: float) -> Tensor:
     """Draws the tokens that stay visible, at random, from those that hold no padding.
 
-    A token with any padding is never visible, since its embedding would carry it. Of the other tokens of a sample the
-    share `1 - ratio` is kept, at least one; so a sample with padding keeps fewer, whatever else is in the batch.
+    A token with any padding is never visible, since its embedding would carry it; its real voxels count as hidden. So
+    many of the other tokens are kept that their voxels are the share `1 - ratio` of the sample's real ones, as near as
+    whole tokens allow: at least one, and not all where `ratio` is above 0. What else is in the batch has no say.
 
     Args:
         random: Keyed by sample.
         valid: (B, 1, *patch), bool; True on real voxels.
         token_size: Voxels of a token per axis; they divide the patch.
-        ratio: Share of the tokens to hide, in [0, 1).
+        ratio: Share of the real voxels to hide, in [0, 1).
 
     Returns:
         (B, n), int64, with n the number kept of a crop without padding: indices in rising order, then -1.
@@ -36,7 +37,9 @@ def keep_tokens(random: SampleRandom, valid: Tensor, token_size: Sequence[int], 
     num_tokens = whole.shape[1]
     order = torch.from_numpy(random.permutation("tokens", num_tokens)).to(valid.device)
     usable = whole.gather(1, order)
-    wanted = ((1 - ratio) * whole.sum(1, keepdim=True, dtype=torch.float64)).round().clamp(min=1)
+    real = valid.flatten(1).sum(1, keepdim=True, dtype=torch.float64) / prod(token_size)  # in tokens
+    most = whole.sum(1, keepdim=True) - int(ratio > 0)
+    wanted = ((1 - ratio) * real).round().minimum(most).clamp(min=1)
     chosen = usable & (usable.cumsum(1) <= wanted)
     places = torch.where(chosen, order, num_tokens).sort(1).values[:, : num_visible(num_tokens, ratio)]
     return torch.where(places < num_tokens, places, -1)
@@ -73,6 +76,20 @@ def whole_places(valid: Tensor, token_size: Sequence[int]) -> Tensor:
     num_tokens = whole.shape[1]
     places = torch.where(whole, torch.arange(num_tokens, device=whole.device), num_tokens).sort(1).values
     return torch.where(places < num_tokens, places, -1)
+
+
+def whole_only(valid: Tensor, token_size: Sequence[int]) -> dict[str, Tensor]:
+    """What a transformer that sees all tokens without padding can be asked for: their voxels, and no others.
+
+    Args:
+        valid: (B, 1, *patch), bool.
+        token_size: Voxels of a token per axis.
+
+    Returns:
+        `kept`, as `whole_places` gives it, and `valid` (B, 1, *patch), bool: the voxels of these tokens.
+    """
+    kept = whole_places(valid, token_size)
+    return {"kept": kept, "valid": ~hidden_voxels(kept, token_size, valid.shape[2:])}
 
 
 def whole_tokens(valid: Tensor, token_size: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from nnssl_ext.engine.task import TRAINERS
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.trainers.models_genesis import ModelsGenesis, ModelsGenesisConfig, ModelsGenesisTrainer, damaged
 from nnssl_ext.views.spatial import SpatialConfig
+from nnssl_ext.views.tokens import hidden_voxels
 
 PATCHES = [(16, 24, 8), (24, 16)]
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11))
@@ -115,8 +116,10 @@ def test_every_real_voxel_is_asked_for_and_no_other(request, patch_size, kind):
 
 
 def test_a_transformer_sees_no_token_with_padding(tiny_vit_plan, patch_size):
+    """And of tokens that it did not see nothing is asked. Catches targets that no input tells."""
     task = make_task(tiny_vit_plan(patch_size)).eval()
     views = task.views(make_batch(patch_size), RANDOM, train=False)
+    assert torch.equal(views["valid"], ~hidden_voxels(views["kept"], task.encoder.token_size, patch_size))
     assert (views["kept"][0] >= 0).all()
     seen = (views["kept"] >= 0).float().mean(1)
     spoilt = views | {"image": views["image"].masked_fill(~views["valid"], 1e4)}
