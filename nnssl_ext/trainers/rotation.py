@@ -5,7 +5,9 @@ and four in 2D; the network sees it and names the class. To know what is up it h
 
 Papers: Gidaris et al. 2018 (arXiv:1803.07728); Taleb et al. 2020 (arXiv:2006.03829) for volumes. Other than there, the
 cube lies in the volume, so that no padding tells the turn; planes of unequal spacing are not turned in, since stretched
-voxels would tell it; and nothing is flipped, since two flips are a turn.
+voxels would tell it; and nothing is flipped, since two flips are a turn. Where cases keep spacings of their own
+(`-spacing noresample`), a turn in a plane that is stretched in that case is not asked for. Thick slices that were
+resampled to cubic voxels stay blurred, and may tell the axis.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from nnssl_ext.models.perceptron import PooledHead
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.intensity import IntensityConfig, intensity_view
-from nnssl_ext.views.rotations import cube_size, inner_view, rotated, rotations
+from nnssl_ext.views.rotations import cube_size, fair_rotations, inner_view, rotated, rotations
 from nnssl_ext.views.sham import drawn_classes
 
 
@@ -74,30 +76,39 @@ class Rotation(PretextTask):
         """The middle cube of each crop, as it is and turned; in training with changed intensities.
 
         Returns:
-            `input` and `turned` (B, C, *cube); `turns` (B,), the class; `fair` (B,), bool, False where padding tells
-            the turn.
+            `input` and `turned` (B, C, *cube); `turns` (B,), the class; `fair` (B,), bool, False where padding or
+            the case's own spacing tells the turn; `chance` (B,), that of a guess among the turns that may be asked for.
         """
         cube = inner_view(batch.data, batch.valid, self.size)
         data = cube.data
         if train:
             intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
             data = intensity_view(data, cube.valid, random.child("intensity"), intensity)
-        turns = random.integers("turns", 0, len(self.rotations))
+        drawn = random.integers("turns", 0, len(self.rotations))
+        turns = torch.from_numpy(drawn).to(data.device)
+        may = fair_rotations(batch.spacing, self.rotations, self.config.max_anisotropy)
+        number = may.sum(1)
+        square = may.gather(1, turns[:, None])[:, 0] & (number > 1)
         return {
             "input": data,
-            "turned": rotated(data, [self.rotations[turn] for turn in turns]),
-            "turns": torch.from_numpy(turns).to(data.device),
-            "fair": cube.valid.flatten(1).all(1),
+            "turned": rotated(data, [self.rotations[turn] for turn in drawn]),
+            "turns": turns,
+            "fair": cube.valid.flatten(1).all(1) & square,
+            "chance": 1 / number,
         }
 
     def forward(self, views: Views) -> StepOutput:
-        """The cross-entropy of the turn, and how often it is told; where padding tells it, it is not asked for."""
+        """The cross-entropy of the turn, and how often it is told; where anything else tells it, it is not asked for.
+
+        Chance is that of a guess that knows which turns are asked of a case.
+        """
         turns, fair = views["turns"], views["fair"]
         logits = self.head(descriptor(self.encoder(views["turned"])), fair)
         loss = (functional.cross_entropy(logits, turns, reduction="none") * fair).mean()
+        asked = fair.sum().clamp(min=1)
         metrics = {
-            "accuracy": (fair & (logits.detach().argmax(1) == turns)).sum() / fair.sum().clamp(min=1),
-            "accuracy_chance": torch.full((), 1 / len(self.rotations), device=turns.device),
+            "accuracy": (fair & (logits.detach().argmax(1) == turns)).sum() / asked,
+            "accuracy_chance": (fair * views["chance"]).sum() / asked,
         }
         images = None if self.training else {name: views[name] for name in ("input", "turned")}
         return StepOutput(loss=loss, metrics=metrics, images=images)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
 from math import lcm
 
 import torch
 from torch import Tensor
 
-from nnssl_ext.views.transform import SpatialTransform, SpatialView, apply_transform, valid_box
+from nnssl_ext.views.transform import SpatialTransform, SpatialView, apply_transform
+from nnssl_ext.views.turns import NUM_TURNS, are_square, between_real, square_planes
 
 Rotation = tuple[int, tuple[int, int]]
 """So many quarter turns, as `torch.rot90` turns, in the plane of two axes."""
-NUM_TURNS = 4
 MIN_POSITIONS = 2
 """Positions per axis that the deepest feature map has at least: of a single one, instance normalisation leaves 0."""
-_MOST_SHRUNK = 0.25
-"""No cube is magnified further to lie in the real voxels, as other views."""
-_TINY = 1e-6
 
 
 def rotations(spacing: Sequence[float], max_anisotropy: float) -> tuple[Rotation, ...]:
@@ -26,22 +22,25 @@ def rotations(spacing: Sequence[float], max_anisotropy: float) -> tuple[Rotation
 
     Args:
         spacing: In mm per axis.
-        max_anisotropy: Largest ratio of spacings in a plane; beyond, anatomy would be seen to be stretched.
-
-    Raises:
-        ValueError: If that leaves no plane.
+        max_anisotropy: As in `square_planes`, and raises as that does.
     """
-    planes = [
-        (a, b)
-        for a, b in combinations(range(len(spacing)), 2)
-        if max(spacing[a], spacing[b]) <= max_anisotropy * min(spacing[a], spacing[b])
-    ]
-    if not planes:
-        raise ValueError(
-            f"no two axes of the spacing {tuple(spacing)} differ by a factor of {max_anisotropy} or less, so the "
-            "stretch would tell the turn. Plan equal spacings: nnssl_plan_experiment -d DATASET -spacing iso"
-        )
+    planes = square_planes(spacing, max_anisotropy)
     return ((0, planes[0]), *((turn, plane) for plane in planes for turn in range(1, NUM_TURNS)))
+
+
+def fair_rotations(spacing: Tensor, choices: Sequence[Rotation], max_anisotropy: float) -> Tensor:
+    """Which rotations no stretch of a case's own voxels tells, the identity always among them.
+
+    Args:
+        spacing: (B, D), in mm.
+        choices: n rotations.
+        max_anisotropy: As in `square_planes`.
+
+    Returns:
+        (B, n), bool.
+    """
+    unturned = torch.tensor([turn == 0 for turn, _ in choices], device=spacing.device)
+    return are_square(spacing, [plane for _, plane in choices], max_anisotropy) | unturned
 
 
 def cube_size(patch_size: Sequence[int], stride: Sequence[int], choices: Sequence[Rotation]) -> tuple[int, ...]:
@@ -77,13 +76,9 @@ def inner_view(data: Tensor, valid: Tensor, size: Sequence[int]) -> SpatialView:
         valid: (B, 1, *crop), bool.
         size: Voxels of the view per axis.
     """
-    lower, upper = valid_box(valid)
     half = torch.tensor([(edge - 1) / 2 for edge in size], device=valid.device)
-    phase = half % 1
-    centre = ((lower + upper) / 2 - phase).floor() + phase
-    reach = torch.minimum(centre - lower, upper - centre)
-    zoom = ((reach + _TINY) / (half + _TINY)).amin(1).clamp(_MOST_SHRUNK, 1)
-    matrix = torch.eye(len(size), device=valid.device) * zoom.view(-1, 1, 1)
+    centre, zoom = between_real(valid, half, half % 1)
+    matrix = torch.eye(len(size), device=valid.device) * zoom
     return apply_transform(data, valid, SpatialTransform(tuple(size), matrix, centre))
 
 

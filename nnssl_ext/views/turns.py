@@ -7,7 +7,7 @@ Padding does tell where a crop is so thin in that plane that the view is not shr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, compress
 
 import torch
 from torch import Tensor
@@ -20,33 +20,45 @@ _MOST_SHRUNK = 0.25
 _TINY = 1e-6
 
 
+def square_planes(spacing: Sequence[float], max_anisotropy: float) -> list[tuple[int, int]]:
+    """All planes whose voxels are square, the first axes first.
+
+    Args:
+        spacing: In mm per axis.
+        max_anisotropy: Largest ratio of spacings in a plane; beyond, anatomy would be seen to be stretched.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    planes = list(combinations(range(len(spacing)), 2))
+    square = are_square(torch.tensor([spacing]), planes, max_anisotropy)[0].tolist()
+    if not any(square):
+        raise ValueError(
+            f"no two axes of the spacing {tuple(spacing)} differ by a factor of {max_anisotropy} or less, so the "
+            "stretch would tell the turn. Plan equal spacings: nnssl_plan_experiment -d DATASET -spacing iso"
+        )
+    return list(compress(planes, square))
+
+
+def are_square(spacing: Tensor, planes: Sequence[tuple[int, int]], max_anisotropy: float) -> Tensor:
+    """Whether each case's voxels are square in planes: (B, planes), bool, of spacings (B, D)."""
+    edges = spacing[:, torch.tensor(planes, device=spacing.device)]
+    return edges.amax(2) <= max_anisotropy * (1 + _TINY) * edges.amin(2)
+
+
 def turning_plane(patch_size: Sequence[int], spacing: Sequence[float], max_anisotropy: float) -> tuple[int, int]:
     """The two axes to turn in: those of the most equal edges, and of equals the last ones.
 
     Args:
         patch_size: Voxels per axis.
         spacing: In mm per axis.
-        max_anisotropy: Largest ratio of spacings; beyond, anatomy would be seen to be stretched.
-
-    Raises:
-        ValueError: If the spacings of all axes differ by more.
+        max_anisotropy: As in `square_planes`, and raises as that does.
     """
-    planes = [
-        (a, b)
-        for a, b in combinations(reversed(range(len(patch_size))), 2)
-        if max(spacing[a], spacing[b]) <= max_anisotropy * min(spacing[a], spacing[b])
-    ]
-    if not planes:
-        raise ValueError(
-            f"no two axes of the spacing {tuple(spacing)} differ by a factor of {max_anisotropy} or less, so the "
-            "stretch would tell the turn. Plan equal spacings: nnssl_plan_experiment -d DATASET -spacing iso"
-        )
 
     def ratio(plane: tuple[int, int]) -> float:
         return max(patch_size[axis] for axis in plane) / min(patch_size[axis] for axis in plane)
 
-    b, a = min(planes, key=ratio)
-    return a, b
+    return min(reversed(square_planes(spacing, max_anisotropy)), key=ratio)
 
 
 def quarter_turned(
@@ -69,16 +81,31 @@ def quarter_turned(
     half = torch.tensor([(edge - 1) / 2 for edge in size], device=valid.device)
     phase = half % 1
     phase[b] = phase[a]
-    lower, upper = valid_box(valid)
-    centre = ((lower + upper) / 2 - phase).floor() + phase
     needed = half.clone()
     needed[[a, b]] = max((size[a] - 1) / 2, (size[b] - 1) / 2)
-    reach = torch.minimum(centre - lower, upper - centre)
-    zoom = ((reach + _TINY) / (needed + _TINY)).amin(1).clamp(_MOST_SHRUNK, 1)
+    centre, zoom = between_real(valid, needed, phase)
     cos, sin = _sine((turns + 1) % NUM_TURNS), _sine(turns)
     matrix = torch.eye(len(size), device=valid.device).repeat(len(valid), 1, 1)
     matrix[:, a, a], matrix[:, a, b], matrix[:, b, a], matrix[:, b, b] = cos, sin, -sin, cos
-    return apply_transform(data, valid, SpatialTransform(tuple(size), matrix * zoom.view(-1, 1, 1), centre))
+    return apply_transform(data, valid, SpatialTransform(tuple(size), matrix * zoom, centre))
+
+
+def between_real(valid: Tensor, needed: Tensor, phase: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a window lies at the middle of the real voxels, and how far it is shrunk to lie between them.
+
+    Args:
+        valid: (B, 1, *crop), bool.
+        needed: (D,), how far it reaches from its middle.
+        phase: (D,), in [0, 1), fraction of a voxel at which its middle lies.
+
+    Returns:
+        The middle (B, D), in voxels, and the factor (B, 1, 1), from a quarter to 1.
+    """
+    lower, upper = valid_box(valid)
+    centre = ((lower + upper) / 2 - phase).floor() + phase
+    reach = torch.minimum(centre - lower, upper - centre)
+    zoom = ((reach + _TINY) / (needed + _TINY)).amin(1).clamp(_MOST_SHRUNK, 1)
+    return centre, zoom.view(-1, 1, 1)
 
 
 def only_shown(valid: Tensor, plane: tuple[int, int]) -> Tensor:

@@ -103,6 +103,24 @@ def test_a_turn_that_padding_tells_is_not_asked_for(tiny_plan):
     assert task.head.standard.moments.count == 2
 
 
+def test_a_turn_that_stretched_voxels_tell_is_not_asked_for(tiny_plan):
+    """Of a case with slices 3 mm thick the turns in their plane alone are asked for, of one with three edges none.
+
+    Catches the plan's spacing taken for that of every case, and a chance that does not know what is asked for.
+    """
+    task, batch, asked = make_task(tiny_plan((16, 24, 8))), make_batch((16, 24, 8)), [set(), set(), set()]
+    spacing = torch.tensor([[1.0, 1.0, 1.0], [3.0, 1.0, 1.05], [3.0, 2.0, 1.0]])
+    batch = replace(batch, valid=torch.ones_like(batch.valid), spacing=spacing)
+    for step in range(20):
+        views = task.views(batch, replace(RANDOM, step=step), train=False)
+        for row in views["fair"].nonzero().flatten().tolist():
+            asked[row].add(views["turns"][row].item())
+    assert len(asked[0]) > 7
+    assert (asked[1], asked[2]) == ({0, 7, 8, 9}, set())
+    views["fair"][:] = torch.tensor([True, True, False])
+    assert task(views).metrics["accuracy_chance"].item() == pytest.approx((1 / 10 + 1 / 4) / 2)
+
+
 def test_an_impossible_setting_is_refused():
     with pytest.raises(ValueError, match=r"max_anisotropy=0\.5 must be 1 or more"):
         RotationTrainer.configured(["max_anisotropy=0.5"])
