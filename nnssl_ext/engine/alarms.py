@@ -73,11 +73,11 @@ class Alarm:
     diagnosis: str
     """In words."""
     responses: tuple[Response, ...] = ()
-    """Knobs to ask the task for, the first that it has."""
+    """Knobs to ask the task for."""
     slower: bool = False
     """Whether the learning rate is halved."""
     roll_back: bool = False
-    """Whether the run goes back to an earlier state."""
+    """Whether the run goes back to an earlier state. Where no knob turns there, the learning rate is halved."""
 
 
 def judge(
@@ -88,7 +88,7 @@ def judge(
     patience: int,
     config: HealthConfig,
 ) -> list[Alarm]:
-    """What is alarming, the gravest first.
+    """What is alarming, the gravest first: what sends the run back, then what slows it down; targets before the rest.
 
     Args:
         now: The statistics after the warm-up.
@@ -100,8 +100,9 @@ def judge(
     """
     if "not_finite" in now:
         return [_broken(now["not_finite"])]
-    alarms = [*_ranks(now, untrained, config), *_spreads(now, untrained, settled, config)]
-    return [*alarms, *_targets(now, flat_steps, patience, config)]
+    alarms = [*_targets(now, flat_steps, patience, config), *_ranks(now, untrained, config)]
+    alarms += _spreads(now, untrained, settled, config)
+    return sorted(alarms, key=lambda alarm: (not alarm.roll_back, not alarm.slower))
 
 
 def _broken(number: float) -> Alarm:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,15 @@ SLOWER = 0.5
 
 
 class RollBackError(Exception):
-    """An alarm whose answer is an earlier state of the run."""
+    """An alarm whose answer is an earlier state of the run.
 
-    def __init__(self, alarm: Alarm) -> None:
-        super().__init__(alarm.diagnosis)
+    Args:
+        alarm: The one that is answered.
+        diagnosis: Of all alarms.
+    """
+
+    def __init__(self, alarm: Alarm, diagnosis: str) -> None:
+        super().__init__(diagnosis)
         self.alarm = alarm
 
 
@@ -48,7 +54,7 @@ class Guard:
         trainer = stepper.trainer
         self.monitor = Monitor(trainer.health, trainer.total_steps)
         self.ring = Ring(folder / "ring")
-        self.interval = Ring.interval(trainer.total_steps, trainer.steps_per_epoch)
+        self.interval = Ring.interval(trainer.total_steps, trainer.steps_per_epoch, trainer.health.every)
         self.num_records = 0
         stepper.observe = self.monitor.observe
 
@@ -66,20 +72,27 @@ class Guard:
         self.ring.forget_after(step)
         keep_interventions(self.folder, self.num_records)
 
+    @property
+    def begun(self) -> bool:
+        """Whether the untrained network was measured: the run may have gone back to it."""
+        return bool(self.monitor.untrained)
+
     def begin(
         self,
         batches: Callable[[int, int], Iterator[Batch]],
         num_cases: int,
         validate: Callable[[], Validation | None],
         stop: Callable[[], bool],
+        resume: Callable[[], dict[str, Any]],
     ) -> bool:
-        """Measures the untrained network, if its task shows embeddings.
+        """Measures the untrained network, if its task shows embeddings, and keeps it to go back to.
 
         Args:
             batches: Those of training, from one step up to another.
             num_cases: Cases trained on.
             validate: One pass over the validation crops; None where it was stopped.
             stop: Asked before every batch; the same on every rank.
+            resume: Makes a state to go on from; all ranks call it together.
 
         Returns:
             False where it was stopped.
@@ -94,9 +107,11 @@ class Guard:
                 return False
             self._see(batch)
         validation = validate()
-        if validation is not None:
-            self.monitor.begin(Retrieval.of(validation.queue))
-        return validation is not None
+        if validation is None:
+            return False
+        self.monitor.begin(Retrieval.of(validation.queue))
+        self._keep(0, resume)
+        return True
 
     def _see(self, batch: Batch) -> int:
         shown = self.stepper.show(batch)
@@ -117,64 +132,69 @@ class Guard:
         if self.stepper.skipped_in_a_row:
             self._write({"step": step, "event": "skipped", "cases": self.stepper.skipped_cases[-1]})
             return
-        alarm = self.monitor.look(step) if self.monitor.due(step) else None
-        if alarm is not None:
-            self._answer(alarm, step)
-        elif self._keeps(step):
+        if not self.monitor.due(step):
+            return
+        alarms = self.monitor.look(step)
+        if alarms and not self.monitor.quiet(step):
+            self._answer(alarms, step)
+        elif not alarms and step % self.interval == 0:
+            self._keep(step, resume)
+
+    def _keep(self, step: int, resume: Callable[[], dict[str, Any]]) -> None:
+        """Keeps the state after so many steps, where the run may still go back to it."""
+        if self.monitor.may_intervene:
             state = resume()
             if self.main:
                 self.ring.save(step, state)
 
-    def _keeps(self, step: int) -> bool:
-        """Whether an alarm may send the run back to the state after so many steps."""
-        return step % self.interval == 0 and bool(self.monitor.queue.rows) and self.monitor.may_intervene
-
     def _earlier(self) -> Path | None:
-        """The newest state to go back to; None where there is none."""
-        return self.ring.newest() or (self.latest if self.latest.exists() else None)
+        """The state to go back to; None where there is none."""
+        return self.ring.newest(self.monitor.tried) or (self.latest if self.latest.exists() else None)
 
-    def _answer(self, alarm: Alarm, step: int) -> None:
-        logger.warning("Step %d: %s.", step, alarm.diagnosis)
+    def _answer(self, alarms: Sequence[Alarm], step: int) -> None:
+        """Tries one alarm after the other until something changes."""
+        words = _diagnosis(alarms)
+        logger.warning("Step %d: %s.", step, words)
         if not self.monitor.may_intervene:
             return
-        if alarm.roll_back and self.ring.newest() is not None:
-            raise RollBackError(alarm)
-        changes, turned = self._turn(alarm)
-        if changes:
-            self._record(step, step, alarm, changes, turned)
+        for alarm in alarms:
+            if alarm.roll_back and self.ring.newest() is not None:
+                raise RollBackError(alarm, words)
+            changes, turned = self._turn(alarm)
+            if changes:
+                self._record(step, step, alarm, words, changes, turned)
+                return
 
     def _turn(self, alarm: Alarm) -> tuple[list[str], list[Response]]:
         """What was changed, in words, and the responses that the task knew."""
-        changes: list[str] = []
-        turned: list[Response] = []
-        if alarm.slower:
+        said = {response: self._respond(response) for response in alarm.responses}
+        turned = [response for response, words in said.items() if words]
+        changes = [said[response] for response in turned]
+        if alarm.slower or (alarm.roll_back and not turned):  # else the run would repeat what it did, bit for bit
             self.stepper.lr_factor *= SLOWER
-            changes.append(f"learning rate {self.stepper.lr_factor:g} times the recipe's")
-        for response in alarm.responses:
-            said = self._respond(response)
-            if said:
-                changes.append(said)
-                turned.append(response)
+            changes.insert(0, f"learning rate {self.stepper.lr_factor:g} times the recipe's")
         return changes, turned
 
     @torch.no_grad()
     def _respond(self, response: Response) -> str:
         return self.stepper.task.respond(response)
 
-    def _record(self, step: int, resumed_at: int, alarm: Alarm, changes: list[str], turned: list[Response]) -> None:
+    def _record(
+        self, step: int, resumed_at: int, alarm: Alarm, words: str, changes: list[str], turned: list[Response]
+    ) -> None:
         record = {
             "event": "intervention",
             "statistic": alarm.name,
             "value": alarm.value if math.isfinite(alarm.value) else None,
             "limit": alarm.limit,
-            "diagnosis": alarm.diagnosis,
+            "diagnosis": words,
             "changes": changes,
             "responses": turned,
             "lr_factor": self.stepper.lr_factor,
             "resumed_at": resumed_at,
         }
         self.monitor.intervened(step, resumed_at, record)
-        logger.warning("Intervened: %s; going on after step %d.", "; ".join(changes) or "rolled back", resumed_at)
+        logger.warning("Intervened: %s; going on after step %d.", "; ".join(changes), resumed_at)
         self._write({"step": step, **record})
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -188,9 +208,10 @@ class Guard:
         step: int,
         restore: Callable[[Path], int],
     ) -> None:
-        """Goes back to the newest state that was well, with the knobs turned since, and turns those of the alarm.
+        """Goes back to a state that was well, with the knobs turned since, and turns those of the alarm.
 
-        All ranks have read that state when this returns on any.
+        That is the newest, or the one before it where the newest did not help. All ranks have read it when this
+        returns on any.
 
         Args:
             reason: Why.
@@ -209,15 +230,18 @@ class Guard:
             alarm = Alarm(name="loss", value=math.nan, limit=0.0, diagnosis=str(reason), slower=True, roll_back=True)
         else:
             alarm = reason.alarm
+        tried = self.monitor.tried
         history, factor, num_records = self.monitor.history, self.stepper.lr_factor, self.num_records
         resumed_at = restore(path)
         gather("restored")  # what every rank has read, rank 0 may write anew
+        if self.main:
+            self.ring.forget_after(resumed_at)
         for past in history[len(self.monitor.history) :]:
             for response in past["responses"]:
                 self._respond(response)
         self.monitor.history, self.stepper.lr_factor, self.num_records = history, factor, num_records
-        changes, turned = self._turn(alarm)
-        self._record(step, resumed_at, alarm, [f"back to step {resumed_at}", *changes], turned)
+        changes, turned = self._turn(replace(alarm, slower=alarm.slower or resumed_at == tried))
+        self._record(step, resumed_at, alarm, str(reason), [f"back to step {resumed_at}", *changes], turned)
 
     def after_epoch(self, validation: Validation) -> dict[str, float]:
         """The numbers of health to log; none of a task that shows no embeddings."""
@@ -238,3 +262,17 @@ class Guard:
         if diagnosis:
             self._write({"step": step, "event": "stopped", "diagnosis": diagnosis})
         return diagnosis
+
+    def end(self, step: int) -> None:
+        """Says so where an alarm sounds after the last step, and nothing was left to try."""
+        if not self.monitor.queue.rows or not self.monitor.config.act or self.monitor.may_intervene:
+            return
+        alarms = self.monitor.look(step)
+        if alarms:
+            words = _diagnosis(alarms)
+            self._write({"step": step, "event": "gave up", "diagnosis": words})
+            logger.warning("The run ends ill, after %d interventions: %s.", len(self.monitor.history), words)
+
+
+def _diagnosis(alarms: Sequence[Alarm]) -> str:
+    return "; ".join(alarm.diagnosis for alarm in alarms)

@@ -278,23 +278,32 @@ class Monitor:
         """Whether it is time to look after so many steps."""
         return bool(self.queue.rows) and step % self.config.every == 0 and step > self.warmup
 
-    def look(self, step: int) -> Alarm | None:
-        """The gravest alarm after so many steps, if any. An intervention is given time before the next alarm."""
+    def look(self, step: int) -> list[Alarm]:
+        """What is alarming after so many steps, the gravest first."""
         now = self.measure()
         if now["num_cases"] + now.get("not_finite", 0.0) < self.config.min_cases:
-            return None
+            return []
         if "not_finite" not in now:
             self.settled = self.settled or now
         flat = now.get("target_entropy", 0.0) > self.config.flat_entropy
         self.flat_since = (step if self.flat_since is None else self.flat_since) if flat else None
         flat_steps = 0 if self.flat_since is None else step - self.flat_since
-        alarms = judge(now, self.untrained, self.settled, flat_steps, self.patience, self.config)
-        return alarms[0] if alarms and step >= self.quiet_until else None
+        return judge(now, self.untrained, self.settled, flat_steps, self.patience, self.config)
+
+    def quiet(self, step: int) -> bool:
+        """Whether the last intervention still has time to help: alarms are not answered so soon."""
+        return step < self.quiet_until
 
     def intervened(self, step: int, resumed_at: int, record: dict[str, Any]) -> None:
         """Keeps an intervention, and gives it time."""
         self.history.append({"step": step, **record})
         self.quiet_until, self.flat_since = resumed_at + self.patience, None
+
+    @property
+    def tried(self) -> int | None:
+        """Steps of the state that the run last went back to; None where it never did."""
+        steps = (record["resumed_at"] for record in reversed(self.history) if record["resumed_at"] < record["step"])
+        return next(steps, None)
 
     @property
     def may_intervene(self) -> bool:
@@ -317,13 +326,15 @@ class Monitor:
             return ""
         if now.mean > before.high or now.num_cases < self.config.min_cases_to_stop:
             return ""
-        if now.low > chance_of_reciprocal_rank(now.num_cases):  # better than none, as the untrained one was
+        chance = chance_of_reciprocal_rank(now.num_cases)
+        if now.low > chance:
             return ""
         return (
-            f"After {step} steps the views of a held-out case find each other no better than untrained: mean "
-            f"reciprocal rank {now.mean:.3f}, untrained {before.mean:.3f} [{before.low:.3f}, {before.high:.3f}] over "
-            f"{before.num_cases} cases. Look at the health_ numbers in metrics.jsonl. The usual cure is to train anew, "
-            "beside it by -tag NAME, with a lower --set optim.lr or a longer warm-up; --c goes on in spite of it"
+            f"After {step} steps the views of a held-out case find each other no better than untrained, nor than by "
+            f"chance: mean reciprocal rank {now.mean:.3f} [{now.low:.3f}, {now.high:.3f}], chance {chance:.3f}, "
+            f"untrained {before.mean:.3f} [{before.low:.3f}, {before.high:.3f}] over {now.num_cases} cases. Look at "
+            "the health_ numbers in metrics.jsonl. The usual cure is to train anew, beside it by -tag NAME, with a "
+            "lower --set optim.lr or a longer warm-up; --c goes on in spite of it"
         )
 
     def state(self) -> dict[str, Any]:

@@ -205,10 +205,13 @@ class _Run:
 
     def _begin(self, train: PatchLoader, val: PatchLoader) -> bool:
         """Let task and guard see what they ask for before the first step; False where a signal asked to stop."""
-        if self.progress.step:
+        if self.progress.step or self.guard.begun:
             return True
-        self.stepper.begin(train.batches, len(self.split.train))
-        return self.guard.begin(train.batches, len(self.split.train), lambda: self._validate(val), self._stopping)
+        num_cases = len(self.split.train)
+        self.stepper.begin(train.batches, num_cases)
+        return self.guard.begin(
+            train.batches, num_cases, lambda: self._validate(val), self._stopping, self._resume_state
+        )
 
     def _go_back(self, reason: RollBackError | DivergedError, tracker: Tracker | None, bar: Bar) -> None:
         """Take up an earlier state, and see to it that a run that is killed from now on does so too."""
@@ -263,6 +266,8 @@ class _Run:
                 epoch == 0 or last or progress.epoch % self.settings.picture_every == 0
             ):
                 tracker.reconstruction(epoch, validation.images, self.spec.configuration.spacing)
+        if last:
+            self.guard.end(progress.step)
         self._save_epoch(improved, last, stopped=bool(verdict))
         if verdict:
             raise ValueError(verdict)

@@ -25,9 +25,9 @@ class Ring:
     folder: Path
 
     @staticmethod
-    def interval(total: int, steps_per_epoch: int) -> int:
-        """Steps between two states of a run of so many steps: an epoch or more, since states are large."""
-        return max(total // SHARE, LEAST_STEPS, steps_per_epoch)
+    def interval(total: int, steps_per_epoch: int, every: int) -> int:
+        """Steps between two states: an epoch or more, since states are large, and in step with looks `every` steps."""
+        return -(-max(total // SHARE, LEAST_STEPS, steps_per_epoch) // every) * every
 
     def path(self, step: int) -> Path:
         """Where the state after so many steps lies."""
@@ -46,9 +46,16 @@ class Ring:
             if path > self.path(step):
                 path.unlink()
 
-    def newest(self) -> Path | None:
-        """The newest state; None where there is none."""
-        return max(self.folder.glob("step_*.pth"), default=None)
+    def newest(self, tried: int | None = None) -> Path | None:
+        """The newest state, or the one before it where the newest was tried; None where there is none.
+
+        Args:
+            tried: Steps of the state that the run last went back to: if none was kept since, it did not help.
+        """
+        paths = sorted(self.folder.glob("step_*.pth"))[-2:]
+        if tried is not None and paths and paths[-1] == self.path(tried):
+            return paths[0]
+        return paths[-1] if paths else None
 
     def remove(self) -> None:
         """Removes all of them."""

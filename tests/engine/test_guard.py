@@ -15,8 +15,9 @@ import torch
 from torch import multiprocessing, nn
 
 from nnssl_ext.engine import guard as guard_module
+from nnssl_ext.engine import health as health_module
 from nnssl_ext.engine import loop as loop_module
-from nnssl_ext.engine.alarms import Alarm
+from nnssl_ext.engine.alarms import Alarm, HealthConfig, judge
 from nnssl_ext.engine.checkpoint import load_checkpoint, load_resume
 from nnssl_ext.engine.distributed import World
 from nnssl_ext.engine.guard import Guard
@@ -97,12 +98,12 @@ def alarm_at(monkeypatch, *steps: int, roll_back: bool = True) -> None:
     """Sounds the same alarm after these steps, the first time that each is reached."""
     waiting = list(steps)
 
-    def look(monitor: Monitor, step: int) -> Alarm | None:
+    def look(monitor: Monitor, step: int) -> list[Alarm]:
         if step not in waiting:
-            return None
+            return []
         waiting.remove(step)
         words = {"diagnosis": "it is sick", "responses": ("spread",), "slower": True, "roll_back": roll_back}
-        return Alarm(name="rank", value=0.1, limit=0.2, **words)
+        return [Alarm(name="rank", value=0.1, limit=0.2, **words)]
 
     monkeypatch.setattr(Monitor, "look", look)
 
@@ -150,7 +151,7 @@ def test_ranks_share_the_look_at_the_untrained_network_and_stop_when_asked(tmp_p
     with caplog.at_level("INFO"):
         for stop in (False, True):
             guard = Guard(stepper, tmp_path, tmp_path / "none", main=True)
-            begun = guard.begin(batches, 10, lambda: validated.append("yes"), lambda stop=stop: stop)
+            begun = guard.begin(batches, 10, lambda: validated.append("yes"), lambda stop=stop: stop, dict)
             assert not begun
     assert asked == [(0, 1), (1, last)] * 2
     assert len(validated) == (1 if last > 1 else 2)
@@ -182,6 +183,92 @@ def test_going_back_is_exact(spec, monkeypatch):
     assert pretrain(again) is Outcome.FINISHED
     assert all(map(torch.equal, weights(spec.folder).values(), weights(kept).values()))
     assert lines(kept, "metrics.jsonl")[-1] == rows[-1]
+
+
+TRUE = Monitor.look
+WELL = dict.fromkeys(("rank", "between_share", "token_spread", "target_entropy"), 0.5)
+WELL |= {"mutual_information": 2.0, "mutual_information_share": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("now", "knob", "statistic", "back", "factor"),
+    [
+        ({"rank": 0.14, "mutual_information": 0.05, "target_entropy": 0.1}, "spread", "mutual_information", 7, 0.5),
+        ({"between_share": 0.24, "mutual_information": 0.05}, "spread", "between_share", 7, 1.0),
+        ({"between_share": 0.24, "token_spread": 0.1}, None, "token_spread", 6, 0.5),
+    ],
+    ids=["the graver one first", "one that has a knob", "never back without a change"],
+)
+def test_alarms_are_tried_by_gravity_until_something_changes(spec, monkeypatch, now, knob, statistic, back, factor):
+    """Catches a warning that silences what is graver or has a knob, and a roll-back that repeats the same steps."""
+    alarms = judge({**WELL, "target_entropy": 0.6, **now}, WELL, WELL, 0, 100, HealthConfig())
+    assert len(alarms) == 2
+    alarm_at(monkeypatch, 7)
+    once = Monitor.look
+    monkeypatch.setattr(Monitor, "look", lambda monitor, step: alarms if once(monitor, step) else [])
+    monkeypatch.setattr(Pair, "respond", lambda task, response: "turned" * (response == knob))
+    pretrain(spec)
+    (record,) = lines(spec.folder, "interventions.jsonl")
+    found = (record["statistic"], record["resumed_at"], record["lr_factor"])
+    assert found == (statistic, back, factor)
+    assert all(alarm.diagnosis in record["diagnosis"] for alarm in alarms)
+
+
+def test_a_run_that_stays_ill_goes_back_further_each_time_and_does_not_end_as_if_it_were_well(
+    spec, monkeypatch, caplog
+):
+    """Catches sick states kept while an intervention has time to help, and the same state gone back to again."""
+    monkeypatch.setattr(Ring, "interval", staticmethod(lambda *_: 1))
+    saved = noted_steps(monkeypatch)
+    ill = []
+
+    def judged(*_) -> list[Alarm]:
+        words = {"diagnosis": "it is sick", "slower": True, "roll_back": True}
+        return [Alarm(name="rank", value=0.1, limit=0.2, **words)] if ill else []
+
+    monkeypatch.setattr(health_module, "judge", judged)
+    monkeypatch.setattr(Monitor, "look", lambda monitor, step: (step > 9 and ill.append(step)) or TRUE(monitor, step))
+    with caplog.at_level("INFO"):
+        pretrain(replace(spec, trainer=replace(spec.trainer, num_epochs=5)))
+    *rows, last = lines(spec.folder, "interventions.jsonl")
+    assert [(row["step"], row["resumed_at"], row["lr_factor"]) for row in rows] == [
+        (10, 9, 0.5),
+        (11, 8, 0.25),
+        (10, 7, 0.125),
+    ]
+    assert saved == [0, *range(3, 10)]
+    assert last == {"step": 20, "event": "gave up", "diagnosis": "it is sick"}
+    assert caplog.messages[-1] == "The run ends ill, after 3 interventions: it is sick."
+
+
+def noted_steps(monkeypatch) -> list[int]:
+    """After how many steps states are kept."""
+    saved: list[int] = []
+    original = Ring.save
+    monkeypatch.setattr(Ring, "save", lambda ring, step, resume: saved.append(step) or original(ring, step, resume))
+    return saved
+
+
+def test_a_run_killed_after_going_back_to_its_start_does_not_measure_the_untrained_network_anew(spec, monkeypatch):
+    """Catches a reference, and a queue, of a network whose knobs were turned."""
+    alarm_at(monkeypatch, 1)
+    begun = []
+    original = Monitor.begin
+    monkeypatch.setattr(Monitor, "begin", lambda *arguments: begun.append(original(*arguments)))
+    monkeypatch.setattr(Monitor, "due", lambda *_: True)
+    step = Stepper.train_step
+
+    def killed(stepper, batches, number):
+        if stepper.lr_factor < 1:
+            raise KeyboardInterrupt
+        return step(stepper, batches, number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Stepper, "train_step", killed)
+        pretrain(spec)
+    assert pretrain(replace(spec, resume=True)) is Outcome.FINISHED
+    assert [record["resumed_at"] for record in lines(spec.folder, "interventions.jsonl")] == [0]
+    assert len(begun) == 1
 
 
 def test_knobs_stay_turned_when_the_run_goes_back_further(spec, monkeypatch):
@@ -270,11 +357,11 @@ def test_a_run_killed_after_going_back_does_not_go_on_from_the_past_that_was_giv
     class KilledError(BaseException):
         """Nothing is saved on the way out."""
 
-    def look(monitor: Monitor, step: int) -> Alarm | None:
+    def look(monitor: Monitor, step: int) -> list[Alarm]:
         if step != 9 or monitor.history:
-            return None
+            return []
         words = {"diagnosis": "it is sick", "responses": ("spread",), "slower": True, "roll_back": True}
-        return Alarm(name="rank", value=0.1, limit=0.2, **words)
+        return [Alarm(name="rank", value=0.1, limit=0.2, **words)]
 
     monkeypatch.setattr(Monitor, "look", look)
     monkeypatch.setattr(Ring, "interval", staticmethod(lambda *_: 5))
@@ -343,9 +430,9 @@ def test_a_run_is_judged_once_also_when_it_was_resumed(spec, monkeypatch):
 
 
 def test_states_are_an_epoch_apart_or_more():
-    assert Ring.interval(250_000, 250) == 5000
-    assert Ring.interval(2500, 250) == 250
-    assert Ring.interval(100, 1) == 50
+    assert Ring.interval(250_000, 250, 50) == 5000
+    assert Ring.interval(2500, 250, 50) == 250
+    assert Ring.interval(100, 1, 30) == 60  # a state between two looks would be one that nobody judged
 
 
 def test_states_to_go_back_to_hold_no_network_and_are_kept_where_going_back_is_possible(spec, monkeypatch):
@@ -354,7 +441,7 @@ def test_states_to_go_back_to_hold_no_network_and_are_kept_where_going_back_is_p
     saved = []
     monkeypatch.setattr(Ring, "save", lambda ring, step, resume: saved.append((step, "network_weights" in resume)))
     pretrain(spec)
-    assert saved == [(step, False) for step in range(2, 13, 2)]
+    assert saved == [(step, False) for step in range(0, 13, 2)]
     saved.clear()
     pretrain(warned(replace(spec, folder=spec.folder.with_name("warned"))))
     pretrain(blind(replace(spec, folder=spec.folder.with_name("blind")), monkeypatch))
@@ -446,7 +533,7 @@ def _train(rank: int, spec: RunSpec, poisoned: bool, port: int, folder: str) -> 
 def test_two_processes_go_back_at_the_same_step_to_the_same_state(spec, tmp_path, poisoned):
     """Fails if one rank alone goes back, slows down or turns a knob: they would wait for each other, or train apart."""
     sick = ["health.every=5", "health.min_cases=3", "health.between=1e9", "health.rank_fail=1e9"]
-    trainer = PairTrainer.configured(["health.act=true"] if poisoned else sick)
+    trainer = PairTrainer.configured(["health.every=2"] if poisoned else sick)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -454,7 +541,7 @@ def test_two_processes_go_back_at_the_same_step_to_the_same_state(spec, tmp_path
     both = replace(spec, trainer=trainer, configuration=configuration)
     multiprocessing.spawn(_train, (both, poisoned, port, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    expected = [(7, 4, "loss", 0.5)] if poisoned else [(5, 4, "rank", factor) for factor in (0.5, 0.25, 0.125)]
+    expected = [(7, 4, "loss", 0.5)] if poisoned else [(5, 0, "rank", factor) for factor in (0.5, 0.25, 0.125)]
     assert [numbers for numbers, _ in first] == [numbers for numbers, _ in second] == expected
     for (_, one), (_, other) in zip(first, second, strict=True):
         assert set(one) == set(other)

@@ -249,7 +249,7 @@ def test_embeddings_that_are_not_finite_enter_no_statistic_and_are_told(field):
     assert Retrieval.of(queue).num_cases == 18
     watching = monitor()
     watching.observe([f"case{row}" for row in range(20)], Embeddings(**broken))
-    alarm = watching.look(900)
+    (alarm,) = watching.look(900)
     assert (alarm.name, alarm.value, alarm.roll_back) == ("not_finite", 2.0, True)
 
 
@@ -277,24 +277,27 @@ def test_flat_targets_sound_after_patience_and_again_only_after_time():
     watching = monitor(information=0.0, information_share=0.0)
     show_flat_targets(watching)
     assert [step for step in range(1, 130) if watching.due(step)] == [110, 120]
-    assert [watching.look(step) for step in (110, 150, 200)] == [None] * 3
-    assert watching.look(210).name == "target_entropy"
-    watching.intervened(210, 210, {"responses": []})
-    assert watching.look(300) is None
-    assert watching.look(400).name == "target_entropy"
+    assert [watching.look(step) for step in (110, 150, 200)] == [[]] * 3
+    assert [alarm.name for alarm in watching.look(210)] == ["target_entropy"]
+    watching.intervened(210, 210, {"responses": [], "resumed_at": 210})
+    assert [watching.quiet(step) for step in (309, 310)] == [True, False]
+    assert watching.look(300) == []
+    assert [alarm.name for alarm in watching.look(400)] == ["target_entropy"]
 
 
 def test_interventions_are_counted_and_survive_a_checkpoint():
     watching = monitor(max_interventions=2)
     for step in (100, 300):
         assert watching.may_intervene
-        watching.intervened(step, step, {"responses": []})
+        watching.intervened(step, step - 50, {"responses": [], "resumed_at": step - 50})
+    watching.intervened(400, 400, {"responses": [], "resumed_at": 400})
+    assert watching.tried == 250  # what came last turned a knob where the run was
     resumed = Monitor(watching.config, 1000)
     resumed.load_state(watching.state(), CPU)
     assert not resumed.may_intervene
     assert resumed.untrained == watching.untrained
     assert str(resumed.state()) == str(watching.state())
-    assert resumed.look(990) is None
+    assert resumed.look(990) == []
 
 
 @pytest.mark.parametrize(
@@ -313,7 +316,7 @@ def test_a_run_is_given_up_where_views_do_not_find_each_other(mean, low, num_cas
     text = monitor().lost(Retrieval(mean, low, 0.6, num_cases), step, before)
     assert bool(text) == lost
     if lost:
-        assert "0.390, untrained 0.300 [0.200, 0.400] over 20 cases" in text
+        assert "0.390 [0.100, 0.600], chance 0.180, untrained 0.300 [0.200, 0.400] over 20 cases" in text
         assert "train anew, beside it by -tag NAME" in text
         assert text.endswith("--c goes on in spite of it")
 

@@ -84,12 +84,12 @@ def named(spec: RunSpec, monkeypatch, *settings: str) -> tuple[int, Alarm]:
     found = []
     original = Monitor.look
 
-    def look(monitor: Monitor, step: int) -> Alarm | None:
-        alarm = original(monitor, step)
-        if alarm is not None:
-            found.append((step, alarm))
+    def look(monitor: Monitor, step: int) -> list[Alarm]:
+        alarms = original(monitor, step)
+        if alarms:
+            found.append((step, alarms[0]))
             raise NamedError
-        return alarm
+        return alarms
 
     monkeypatch.setattr(Monitor, "look", look)
     with pytest.raises(NamedError):
@@ -108,7 +108,7 @@ def test_a_healthy_run_learns_and_sounds_no_alarm(spec, monkeypatch):
     monkeypatch.setattr(Monitor, "look", lambda monitor, step: alarms.append(original(monitor, step)))
     pretrain(spec)
     rows = records(spec, "metrics.jsonl")
-    assert alarms == [None] * len(alarms) != []
+    assert alarms == [[]] * len(alarms) != []
     assert rows[-1]["val_known_case_chance"] == pytest.approx(0.25)
     assert np.mean([row["val_known_case"] for row in rows[-3:]]) > 0.45
     assert np.mean([row["train_known_case"] for row in rows[-3:]]) > 0.45
