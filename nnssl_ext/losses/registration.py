@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -65,35 +63,36 @@ def mean_ncc(first: Tensor, second: Tensor, real: Tensor, asked: Tensor, window:
     return ((values * counted).sum(1) / number).sum() / (wanted > 0).sum().clamp(min=1)
 
 
-def squared_gradients(field: Tensor, spacing: Sequence[float], real: Tensor) -> Tensor:
+def squared_gradients(field: Tensor, spacing: Tensor, real: Tensor) -> Tensor:
     """Mean of the squared gradients of all components of a field along all axes, both in mm: a scalar without unit.
 
     Args:
         field: (B, D, *size), in voxels.
-        spacing: Of the field's voxels in mm, one per axis.
+        spacing: (B, D), of the field's voxels in mm.
         real: (B, 1, *size), bool: places that count; a difference counts where both ends do.
     """
-    edges = field.new_tensor(list(spacing))
-    in_mm = field * edges.view(-1, *[1] * len(spacing))
+    edges = spacing.view(*spacing.shape, *[1] * (field.ndim - 2))
+    in_mm = field * edges
     means = []
-    for axis, edge in enumerate(spacing, start=2):
+    for axis in range(2, field.ndim):
         if field.shape[axis] > 1:
             near, far = (real.narrow(axis, start, field.shape[axis] - 1) for start in (0, 1))
-            squares = torch.where(near & far, (in_mm.diff(dim=axis) / edge).square(), 0.0).mean(1).flatten(1)
+            steps = in_mm.diff(dim=axis) / edges[:, axis - 2 : axis - 1]
+            squares = torch.where(near & far, steps.square(), 0.0).mean(1).flatten(1)
             means.append(squares.sum(1) / (near & far).flatten(1).sum(1).clamp(min=1))
     return torch.stack(means).mean()
 
 
-def endpoint_error(field: Tensor, truth: Tensor, spacing: Sequence[float], known: Tensor) -> Tensor:
+def endpoint_error(field: Tensor, truth: Tensor, spacing: Tensor, known: Tensor) -> Tensor:
     """Mean distance in mm between where a field leads and where it should, over places and then over samples.
 
     Args:
         field: (B, D, *size), in voxels.
         truth: (B, D, *size).
-        spacing: In mm, one per axis.
+        spacing: (B, D), in mm.
         known: (B, 1, *size), bool: places whose truth is known.
     """
-    edges = field.new_tensor(list(spacing)).view(-1, *[1] * len(spacing))
+    edges = spacing.view(*spacing.shape, *[1] * (field.ndim - 2))
     distance = torch.where(known[:, 0], torch.linalg.vector_norm((field - truth) * edges, dim=1), 0.0)
     number = known.flatten(1).sum(1)
     return (distance.flatten(1).sum(1) / number.clamp(min=1)).sum() / (number > 0).sum().clamp(min=1)

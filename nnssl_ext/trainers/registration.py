@@ -148,10 +148,10 @@ class Registration(PretextTask):
 
         Returns:
             `target` (B, 2, C, *patch), both images, and `images`, the same as the network sees them: 0 where `hidden`
-            (B, 2, 1, *patch); `valid` and `asked` (B, 2, 1, *patch), bool, what is real and what is asked for; of two
-            views also `truth` (B, D, *patch), the displacement from the fixed to the moving one in voxels, and `known`
-            (B, 1, *patch), bool, where both show the place; for a transformer also `kept`, the tokens without padding
-            of the images in turn.
+            (B, 2, 1, *patch); `valid` and `asked` (B, 2, 1, *patch), bool, what is real and what is asked for;
+            `spacing` (B, D), in mm, that of the fixed image's case; of two views also `truth` (B, D, *patch), the
+            displacement from the fixed to the moving one in voxels, and `known` (B, 1, *patch), bool, where both show
+            the place; for a transformer also `kept`, the tokens without padding of the images in turn.
         """
         config, patch = self.config, self.configuration.patch_size
         batch = replace(batch, data=batch.data.masked_fill(~batch.valid, 0))
@@ -168,6 +168,7 @@ class Registration(PretextTask):
         ]
         views |= {"target": target.masked_fill(~valid, 0), "valid": valid, "hidden": torch.stack(hidden, 1)}
         views |= {"images": views["target"].masked_fill(views["hidden"], 0), "asked": valid}
+        views["spacing"] = batch.spacing[self.needs.images - 1 :: self.needs.images]
         if is_transformer(self.encoder):
             views["kept"] = whole_places(valid.flatten(0, 1), self.encoder.token_size)
         return views
@@ -200,7 +201,7 @@ class Registration(PretextTask):
         moving, fixed = output.unflatten(0, (-1, 2)).unbind(1)
         found = self.head(moving, fixed, valid.all(1))
         likeness, warped, shown = self._likeness(views, found.field)
-        smoothness = self._roughness(found, valid[:, 1])
+        smoothness = self._roughness(found, valid[:, 1], views["spacing"])
         metrics = {"mse": mse, "mse_chance": guess_error(*hidden_target), "ncc": likeness, "smoothness": smoothness}
         with torch.no_grad():
             metrics["ncc_untouched"] = self._likeness(views, torch.zeros_like(found.field))[0]
@@ -210,7 +211,7 @@ class Registration(PretextTask):
         unlike = 1 - likeness
         if config.pair != "case":
             off, metrics["error_untouched"] = (
-                endpoint_error(each, views["truth"], self.configuration.spacing, views["known"])
+                endpoint_error(each, views["truth"], views["spacing"], views["known"])
                 for each in (found.field, torch.zeros_like(found.field))
             )
             metrics["error"] = off
@@ -236,12 +237,12 @@ class Registration(PretextTask):
         share = (tissue & shown).sum() / tissue.sum().clamp(min=1)
         return mean_ncc(warped, fixed, shown, tissue, self.config.window), warped, share
 
-    def _roughness(self, found: Deformation, real: torch.Tensor) -> torch.Tensor:
+    def _roughness(self, found: Deformation, real: torch.Tensor, spacing: torch.Tensor) -> torch.Tensor:
         """The velocity's squared gradients in mm, where its positions hold a real voxel of the fixed image."""
         grid, patch = found.velocity.shape[2:], self.configuration.patch_size
-        spacing = [edge * full / size for edge, full, size in zip(self.configuration.spacing, patch, grid, strict=True)]
+        voxels = [full / size for full, size in zip(patch, grid, strict=True)]
         share = nn.functional.interpolate(real.float(), size=list(grid), mode="area")
-        return squared_gradients(found.velocity, spacing, share > 0)
+        return squared_gradients(found.velocity, spacing * spacing.new_tensor(voxels), share > 0)
 
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The images to lay upon each other and to restore are those of another sample; see `PretextTask.sham`."""
@@ -266,7 +267,7 @@ def displacement(moving: SpatialTransform, fixed: SpatialTransform) -> torch.Ten
 
 
 def _mean_edge(configuration: Configuration) -> float:
-    """Edge in mm of a cube as large as a voxel."""
+    """Edge in mm of a cube as large as a voxel of the plan, also where cases keep spacings of their own."""
     return prod(configuration.spacing) ** (1 / configuration.dims)
 
 

@@ -80,7 +80,7 @@ def test_gradients_are_finite_where_images_are_flat_and_fields_are_true():
     field = torch.zeros(1, 2, 8, 8, requires_grad=True)
     everywhere = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     flat = mean_ncc(first, torch.zeros(1, 1, 8, 8), everywhere, everywhere, 5)
-    (flat + endpoint_error(field, torch.zeros_like(field), (1, 1), everywhere)).backward()
+    (flat + endpoint_error(field, torch.zeros_like(field), torch.ones(1, 2), everywhere)).backward()
     assert torch.isfinite(first.grad).all()
     assert torch.isfinite(field.grad).all()
 
@@ -92,9 +92,10 @@ def test_smoothness_is_measured_in_millimetres():
     field = torch.stack([2 * rows, rows])[None]
     everywhere = torch.ones(1, 1, 6, 4, dtype=torch.bool)
     expected = (2**2 + (0.5 / 3) ** 2) / 2  # over both components; and then over both axes, of which the other has none
-    assert squared_gradients(field, (3.0, 0.5), everywhere).item() == pytest.approx(expected / 2, rel=1e-5)
+    spacing = torch.tensor([[3.0, 0.5]])
+    assert squared_gradients(field, spacing, everywhere).item() == pytest.approx(expected / 2, rel=1e-5)
     columns = field.transpose(2, 3).contiguous()
-    assert squared_gradients(columns, (3.0, 0.5), everywhere.transpose(2, 3)).item() == pytest.approx(
+    assert squared_gradients(columns, spacing, everywhere.transpose(2, 3)).item() == pytest.approx(
         ((2 * 3 / 0.5) ** 2 + 1) / 4, rel=1e-5
     )
 
@@ -102,9 +103,9 @@ def test_smoothness_is_measured_in_millimetres():
 def test_padding_need_not_be_smooth():
     field, real = torch.zeros(1, 2, 6, 4), torch.ones(1, 1, 6, 4, dtype=torch.bool)
     field[:, :, 3:] = 9
-    assert squared_gradients(field, (1, 1), real) > 1
+    assert squared_gradients(field, torch.ones(1, 2), real) > 1
     real[:, :, 3:] = False
-    assert squared_gradients(field, (1, 1), real) == 0
+    assert squared_gradients(field, torch.ones(1, 2), real) == 0
 
 
 def test_the_distance_is_in_millimetres_and_of_known_places():
@@ -113,4 +114,5 @@ def test_the_distance_is_in_millimetres_and_of_known_places():
     truth[:, :, 2:] = 100
     known = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     known[0, :, :2] = True
-    assert endpoint_error(field, truth, (1.0, 0.5), known).item() == pytest.approx(5)
+    spacing = torch.tensor([[1.0, 0.5], [7.0, 7.0]])
+    assert endpoint_error(field, truth, spacing, known).item() == pytest.approx(5)

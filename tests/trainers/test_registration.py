@@ -47,10 +47,13 @@ def make_task(plan, **settings) -> Registration:
 
 
 def test_a_sample_is_two_cases_one_after_the_other(tiny_plan, patch_size):
-    """Catches rows of different samples laid upon each other, holes in what is asked for, and padding in any of it."""
+    """Catches rows of different samples laid upon each other, holes in what is asked for, padding in any of it, and the
+    spacing of the moving case."""
     task, batch = make_task(tiny_plan(patch_size)), make_batch(patch_size)
+    batch = replace(batch, spacing=batch.spacing + torch.arange(4)[:, None])
     assert (task.needs.images, task.needs.same, task.parent_scale) == (2, "modality", 1)
     views = task.views(batch, RANDOM, train=False)
+    assert views["spacing"][:, 0].tolist() == [2, 4]
     for sample in range(2):
         for number in range(2):
             row = 2 * sample + number
@@ -159,20 +162,19 @@ def test_the_untouched_likeness_is_that_of_the_images_as_they_are(tiny_plan, pat
     torch.testing.assert_close(output.images["warped"], output.images["moving"], atol=1e-2, rtol=1e-2)
 
 
-def test_the_velocity_is_smooth_in_millimetres_of_the_plan(tiny_plan):
+def test_the_velocity_is_smooth_in_millimetres_of_each_case(tiny_plan):
     """Of a velocity that grows by .1 voxels of 3 mm along its axis for every voxel of .5 mm along the other one: .6, of
-    one component and one axis of two each. Catches gradients in voxels, .1 here, and the padding's."""
-    plan = tiny_plan((24, 16))
-    configuration = {**plan.raw["configurations"]["2d"], "spacing": [3.0, 0.5]}
-    task = make_task(replace(plan, raw={**plan.raw, "configurations": {"2d": configuration}}))
-    velocity = torch.zeros(1, 2, 12, 8)
+    one component and one axis of two each; of cubic voxels .1. Catches gradients in voxels, spacings of the plan or of
+    another case, and the padding's."""
+    task = make_task(tiny_plan((24, 16)))
+    velocity = torch.zeros(2, 2, 12, 8)
     velocity[:, 0] = 0.1 * torch.arange(8)
     velocity[:, :, 6:] = 9 * torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
-    real = torch.zeros(1, 1, 24, 16, dtype=torch.bool)
+    real = torch.zeros(2, 1, 24, 16, dtype=torch.bool)
     real[:, :, :12] = True
-    nothing = torch.zeros(1)
-    found = task._roughness(Deformation(nothing, velocity, nothing), real)
-    assert found.item() == pytest.approx(0.6**2 / 4, rel=1e-4)
+    nothing = torch.zeros(2)
+    found = task._roughness(Deformation(nothing, velocity, nothing), real, torch.tensor([[3.0, 0.5], [1.0, 1.0]]))
+    assert found.item() == pytest.approx((0.6**2 + 0.1**2) / 8, rel=1e-4)
 
 
 def test_air_need_not_look_alike(tiny_plan):
