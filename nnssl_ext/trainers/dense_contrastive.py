@@ -42,10 +42,10 @@ from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
 from nnssl_ext.views.intensity import IntensityConfig, intensity_view
-from nnssl_ext.views.mirror import read_at, reflected, seen_at, shown_at
+from nnssl_ext.views.mirror import reflected, seen_at, shown_at
 from nnssl_ext.views.occupancy import textured
 from nnssl_ext.views.overlap import place_in
-from nnssl_ext.views.places import shared_places
+from nnssl_ext.views.places import read_at, shared_places
 from nnssl_ext.views.sham import of_another_case
 from nnssl_ext.views.spatial import SpatialConfig
 from nnssl_ext.views.tokens import whole_places

@@ -52,7 +52,7 @@ from nnssl_ext.views.masks import upsample_blocks
 from nnssl_ext.views.occupancy import occupied_cells
 from nnssl_ext.views.overlap import place_in
 from nnssl_ext.views.overlapping import with_overlap
-from nnssl_ext.views.places import shared_places
+from nnssl_ext.views.places import read_at, shared_places
 from nnssl_ext.views.sham import of_another_case
 from nnssl_ext.views.spatial import SpatialConfig
 from nnssl_ext.views.transform import SpatialTransform, apply_transform
@@ -302,9 +302,7 @@ class PatchClustering(PretextTask):
 
 def features_at(maps: Sequence[torch.Tensor], place: torch.Tensor) -> torch.Tensor:
     """Features of maps (B, C, *size) at places (B, P, D) from -1 to 1 across them: (B, P, sum of C), float32."""
-    grid = place.flip(2).view(*place.shape[:2], *[1] * (place.shape[2] - 1), place.shape[2])
-    sampled = [functional.grid_sample(m.float(), grid, padding_mode="border", align_corners=False) for m in maps]
-    return torch.cat(sampled, 1).flatten(2).transpose(1, 2)
+    return torch.cat([read_at(features.float(), place) for features in maps], 2)
 
 
 def middles(grid: Sequence[int], device: torch.device) -> torch.Tensor:

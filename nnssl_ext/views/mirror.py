@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nnssl_ext.loading.batch import Batch
+from nnssl_ext.views.places import read_at
 from nnssl_ext.views.transform import SpatialTransform
 
 
@@ -42,13 +42,6 @@ def seen_at(transform: SpatialTransform, places: Tensor) -> Tensor:
     offset = places - transform.centre[:, None]
     there = (inverse[:, None] * offset[:, :, None]).sum(3)
     return there * 2 / torch.tensor(transform.size, device=there.device)
-
-
-def read_at(values: Tensor, there: Tensor) -> Tensor:
-    """Values (B, C, *size) of views, interpolated linearly at places (B, P, D), from -1 to 1 across them: (B, P, C)."""
-    grid = there.flip(2).view(*there.shape[:2], *[1] * (values.ndim - 3), values.ndim - 2)
-    read = functional.grid_sample(values, grid, padding_mode="border", align_corners=False)
-    return read.flatten(2).transpose(1, 2)
 
 
 def shown_at(asked: Tensor, there: Tensor, size: Sequence[int]) -> Tensor:

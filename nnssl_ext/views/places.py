@@ -1,4 +1,4 @@
-"""Places that two views of one crop both show, drawn at random."""
+"""Places that two views of one crop both show, drawn at random, and what lies there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nnssl_ext.core.random import SampleRandom
 
@@ -32,3 +33,10 @@ def shared_places(
     draw = torch.from_numpy(random.uniform("draw", shape=(prod(asked.shape[2:]),))).to(there.device)
     found, chosen = torch.where(may, draw, -1).topk(number, dim=1)
     return chosen, found >= 0
+
+
+def read_at(values: Tensor, there: Tensor) -> Tensor:
+    """Values (B, C, *size) of views, interpolated linearly at places (B, P, D), from -1 to 1 across them: (B, P, C)."""
+    grid = there.flip(2).view(*there.shape[:2], *[1] * (values.ndim - 3), values.ndim - 2)
+    read = functional.grid_sample(values, grid, padding_mode="border", align_corners=False)
+    return read.flatten(2).transpose(1, 2)

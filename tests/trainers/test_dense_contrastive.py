@@ -11,7 +11,7 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.trainers.dense_contrastive import DenseContrastive, DenseContrastiveConfig, DenseContrastiveTrainer
 from nnssl_ext.views.intensity import IntensityConfig
-from nnssl_ext.views.mirror import read_at
+from nnssl_ext.views.places import read_at
 from nnssl_ext.views.spatial import SpatialConfig
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
