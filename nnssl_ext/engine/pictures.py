@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from nnssl_ext.engine.panels import TEACHER, Records, draw_moments, draw_panel, moments, recorded, series
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,7 +21,7 @@ GOLDEN_RATIO = 0.618034
 """Of the circle of hues lies between a label's colour and the next one's."""
 CELL_INCHES = 2.4
 BLUE, ORANGE, GREEN, RED, GREY = "#2c6fbb", "#d9822b", "#3a8a57", "#b8433f", "#6b7280"
-Records = Sequence[Mapping[str, Any]]
+COLUMNS = 3
 
 
 def mid_slices(volume: npt.NDArray[Any], spacing: Sequence[float]) -> list[tuple[npt.NDArray[Any], float]]:
@@ -83,46 +85,51 @@ def label_colours(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1) * bright * (labels[..., None] != 0)
 
 
-def draw_progress(metrics: Records, timing: Records, title: str) -> Figure:
-    """Loss, learning rate, feature monitors and speed over the epochs, in four panels.
+def draw_progress(metrics: Records, timing: Records, title: str, interventions: Records = ()) -> Figure:
+    """Loss, learning rate, speed and every panel of features that the run has numbers for, over the epochs.
 
     Args:
         metrics: Records of `metrics.jsonl`.
         timing: Records of `timing.jsonl`.
         title: Stands above.
+        interventions: Records of `interventions.jsonl`.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained", facecolor="white")
-    (loss, rate), (monitors, speed) = figure.subplots(2, 2)
+    panels = recorded(metrics)
+    rows = -(-(3 + len(panels)) // COLUMNS)
+    figure = Figure(figsize=(13, 3.5 * rows), layout="constrained", facecolor="white")
+    loss, rate, speed, *others = figure.subplots(rows, COLUMNS, squeeze=False).flat
     _draw_loss(loss, metrics)
     _draw_rate(rate, metrics)
-    _draw_monitors(monitors, metrics)
     _draw_speed(speed, timing)
-    for axis in (loss, rate, monitors, speed):
+    used, unused = others[: len(panels)], others[len(panels) :]
+    for axis, (name, lines) in zip(used, panels.items(), strict=True):
+        axis.set_title(name)
+        draw_panel(axis, metrics, lines, (BLUE, ORANGE, GREEN))
+    for axis in (loss, *used):
+        draw_moments(axis, moments(metrics, interventions), RED)
+    for axis in (loss, rate, speed, *used):
         _tidy(axis)
+    for axis in unused:
+        axis.remove()
     figure.suptitle(title, fontsize=12, fontweight="bold")
     return figure
 
 
-def _series(records: Records, name: str) -> tuple[list[int], list[float]]:
-    rows = [(record["epoch"] + 1, record[name]) for record in records if record.get(name) is not None]
-    return [row[0] for row in rows], [row[1] for row in rows]
-
-
-def _line(axis: Axes, records: Records, name: str, label: str, color: str, style: str = "-") -> None:
-    epochs, values = _series(records, name)
+def _line(axis: Axes, records: Records, name: str, label: str, color: str) -> None:
+    epochs, values = series(records, name)
     if values:
         marker = "o" if len(values) == 1 else ""
-        axis.plot(epochs, values, style, color=color, label=label, linewidth=1.6, marker=marker, markersize=4)
+        axis.plot(epochs, values, color=color, label=label, linewidth=1.6, marker=marker, markersize=4)
 
 
 def _draw_loss(axis: Axes, metrics: Records) -> None:
     axis.set_title("Loss")
     _line(axis, metrics, "train_loss", "training", BLUE)
     _line(axis, metrics, "val_loss", "validation, held-out patients", ORANGE)
-    epochs, values = _series(metrics, "val_loss")
-    if values:
+    epochs, values = series(metrics, "val_loss")
+    if values and not any(TEACHER in record for record in metrics):
         best = int(np.argmin(values))
         axis.plot(epochs[best], values[best], "v", color=ORANGE, markersize=7, label=f"best {values[best]:.4g}")
 
@@ -131,7 +138,7 @@ def _draw_rate(axis: Axes, metrics: Records) -> None:
     axis.set_title("Learning rate and gradient norm")
     _line(axis, metrics, "lr", "learning rate", GREEN)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    epochs, norms = _series(metrics, "train_gradient_norm")
+    epochs, norms = series(metrics, "train_gradient_norm")
     if norms:
         other = axis.twinx()
         other.plot(epochs, norms, color=GREY, linewidth=1.0)
@@ -141,20 +148,11 @@ def _draw_rate(axis: Axes, metrics: Records) -> None:
         other.spines[["top", "left"]].set_visible(False)
 
 
-def _draw_monitors(axis: Axes, metrics: Records) -> None:
-    axis.set_title("Features on validation crops")
-    _line(axis, metrics, "effective_rank", "effective rank (share)", BLUE)
-    _line(axis, metrics, "token_spread", "token spread in a crop", GREEN)
-    _line(axis, metrics, "same_case_retrieval", "same case is nearest", RED)
-    _line(axis, metrics, "same_case_retrieval_chance", "… by chance", RED, ":")
-    axis.set_ylim(-0.02, 1.02)
-
-
 def _draw_speed(axis: Axes, timing: Records) -> None:
     axis.set_title("Speed")
     _line(axis, timing, "steps_per_second", "steps per second", BLUE)
     axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    epochs, shares = _series(timing, "data_wait_share")
+    epochs, shares = series(timing, "data_wait_share")
     if shares:
         other = axis.twinx()
         other.fill_between(epochs, np.multiply(shares, 100), color=ORANGE, alpha=0.25, linewidth=0)

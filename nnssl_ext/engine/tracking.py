@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from nnssl_ext.core.records import atomic_path, write_text
+from nnssl_ext.engine.panels import INTERVENTIONS_FILE
 from nnssl_ext.engine.pictures import DPI, draw_progress, draw_reconstruction
 from nnssl_ext.engine.saturation import solved, verdict
 
@@ -118,7 +119,8 @@ class Tracker:
     def draw_progress(self) -> None:
         """Draws `progress.png` from all records."""
         self._drawn, self._undrawn = time.monotonic(), False
-        figure = draw_progress(self.metrics.records, self.timing.records, self.title)
+        interventions = read_records(self.folder / INTERVENTIONS_FILE)
+        figure = draw_progress(self.metrics.records, self.timing.records, self.title, interventions)
         with atomic_path(self.folder / "progress.png") as temporary:
             figure.savefig(temporary, dpi=DPI, format="png")
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from nnssl_ext.engine.panels import INTERVENTIONS_FILE, Records, account, draw_moments, draw_panel, moments, recorded
 from nnssl_ext.engine.saturation import solved, verdict
 from nnssl_ext.engine.tracking import read_records
 from nnssl_ext.reports.style import (
+    ALARM_COLOUR,
     ARM_COLOURS,
-    MUTED,
     PAGE_WIDTH,
     Picture,
     data_uri,
@@ -21,15 +21,22 @@ from nnssl_ext.reports.style import (
     integer_ticks,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 METRICS_FILE = "metrics.jsonl"
 RECONSTRUCTIONS_FOLDER = "reconstructions"
-MONITORS = {
-    "effective_rank": "effective rank",
-    "token_spread": "token spread",
-    "same_case_retrieval": "same-case retrieval",
-    "probe_dice": "Dice of a linear probe",
+COLUMNS = 4
+MEANINGS = {
+    "Targets": "Mutual information: how much a target tells of its case. Entropy near 1: targets are flat.",
+    "Known for its case": "Known for its case: how often a crop's target is predicted best by a crop of its own case.",
+    "Directions": "Rank: in how many directions features spread, as a share of the most possible. Between cases: the "
+    "share of their variance that is between cases.",
+    "Token spread": "Token spread: how much features differ from place to place in a crop.",
+    "Same case found": "Same case found: how often, or how early, a crop finds another one of its case.",
+    "Dice of probes": "Probes: the encoder frozen, on labelled cases that it was not trained on.",
 }
-_CHANCE = "_chance"
+"""Of the panels, for the caption."""
 
 
 @dataclass(frozen=True)
@@ -45,45 +52,57 @@ class Pretraining:
     """First reconstruction, where there are several."""
     last: Picture | None
     num_epochs: int
+    meanings: tuple[str, ...] = ()
+    """Of what the curves show."""
     solved: tuple[str, ...] = ()
     """What is to be said of tasks that the network has solved."""
+    interventions: tuple[str, ...] = ()
+    """What the engine did while it ran, and why."""
 
 
 def read_pretraining(folder: Path) -> Pretraining:
     """Reads a run folder; what is not there is left out."""
     records = read_records(folder / METRICS_FILE)
+    interventions = read_records(folder / INTERVENTIONS_FILE)
     pictures = sorted((folder / RECONSTRUCTIONS_FOLDER).glob("epoch_*.png"))
     return Pretraining(
         name=folder.parent.name,
         folder=str(folder),
-        curves=_draw(records) if records else None,
+        curves=_draw(records, interventions) if records else None,
         first=Picture(data_uri(pictures[0].read_bytes())) if len(pictures) > 1 else None,
         last=Picture(data_uri(pictures[-1].read_bytes())) if pictures else None,
         num_epochs=len(records),
+        meanings=tuple(MEANINGS[title] for title in recorded(records)),
         solved=tuple(verdict(name, epoch) for name, epoch in solved(records).items()),
+        interventions=tuple(map(account, interventions)),
     )
 
 
-def _draw(records: Sequence[Mapping[str, Any]]) -> Picture:
-    monitors = {key: label for key, label in MONITORS.items() if any(row.get(key) is not None for row in records)}
-    columns = 1 + len(monitors)
-    with drawing(PAGE_WIDTH if monitors else PAGE_WIDTH / 2, 2.5) as figure:
-        (axes,) = grid_of_axes(figure, 1, columns, width_ratios=[1.5] + [1.0] * len(monitors))
-        for name, colour in (("train_loss", MUTED), ("val_loss", ARM_COLOURS[0])):
-            axes[0].plot(*_series(records, name), color=colour, label=name.split("_")[0])
-        axes[0].set_title("loss")
-        axes[0].legend()
-        for panel, (key, label) in zip(axes[1:], monitors.items(), strict=True):
-            epochs, values = _series(records, key)
-            panel.plot(epochs, values, color=ARM_COLOURS[0], marker="." if len(epochs) < len(records) else "")
-            panel.plot(*_series(records, key + _CHANCE), color=MUTED, ls=(0, (4, 3)), lw=1)
-            panel.set_title(label)
-        for panel in axes:
-            panel.set_xlabel("epoch")
-            integer_ticks(panel)
+def _draw(records: Records, interventions: Records) -> Picture:
+    number = 1 + len(recorded(records))
+    columns = min(number, COLUMNS)
+    with drawing(PAGE_WIDTH * columns / COLUMNS, 2.9 * -(-number // COLUMNS)) as figure:
+        draw_curves(figure, columns, records, interventions)
         return encode(figure)
 
 
-def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    points = [(row["epoch"] + 1, row[name]) for row in records if row.get(name) is not None]
-    return [epoch for epoch, _ in points], [value for _, value in points]
+def draw_curves(figure: Figure, columns: int, records: Records, interventions: Records) -> None:
+    """The loss and each panel of `engine.panels` that the run has numbers for, and where it was intervened in.
+
+    Args:
+        figure: Where.
+        columns: Panels side by side.
+        records: Of `metrics.jsonl`.
+        interventions: Of `interventions.jsonl`.
+    """
+    panels = {"Loss": {"train_loss": "training", "val_loss": "validation"}, **recorded(records)}
+    axes = [axis for row in grid_of_axes(figure, -(-len(panels) // columns), columns) for axis in row]
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        axis.set_title(title)
+        draw_panel(axis, records, lines, ARM_COLOURS, from_zero=title != "Loss")
+        draw_moments(axis, moments(records, interventions), ALARM_COLOUR)
+        axis.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.24))
+        axis.set_xlabel("epoch")
+        integer_ticks(axis)
+    for axis in axes[len(panels) :]:
+        axis.remove()

@@ -19,6 +19,7 @@ INK = "#1f2933"
 MUTED = "#7b8794"
 GRID = "#e4e7eb"
 REFERENCE_COLOUR = "#52606d"
+ALARM_COLOUR = "#b91c1c"
 ARM_COLOURS = ("#0f766e", "#b45309", "#4338ca", "#be185d", "#4d7c0f", "#0369a1")
 """Distinguishable in the common forms of colour blindness when taken in order."""
 CLASS_COLOURS = ("#f59e0b", "#06b6d4", "#e11d48", "#84cc16", "#8b5cf6", "#f97316", "#14b8a6", "#ec4899")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnssl_ext.engine.panels import PANELS
 from nnssl_ext.engine.pictures import draw_progress, draw_reconstruction, mid_slices
 from nnssl_ext.engine.steps import Meter
 from nnssl_ext.engine.timing import Stopwatch
@@ -110,17 +111,38 @@ def test_integers_are_drawn_as_labels_each_in_its_colour():
     assert len({tuple(colour) for colour in colours[labels[0] > 0].round(3).tolist()}) == 20
 
 
-def test_progress_is_drawn_with_and_without_optional_records():
-    full = {**METRICS, "token_spread": 0.4, "same_case_retrieval": 0.6, "same_case_retrieval_chance": 0.1}
-    figure = draw_progress([{**full, "train_gradient_norm": 2.0}], [TIMING], "title")
-    assert [axis.get_title() for axis in figure.axes[:4]] == [
+def test_every_number_a_run_has_is_drawn_and_so_is_every_intervention():
+    """Catches health or probe numbers that are in no panel, a chance left out, a line at the step of the alarm and not
+    at the state gone back to, and a lowest loss called the best where targets move."""
+    shown = [name for lines in PANELS.values() for name in lines]
+    assert {"health_mutual_information", "same_case_mrr", "val_known_case", "probe_knn_dice"} <= set(shown)
+    names = [*shown, "same_case_mrr_chance", "val_known_case_chance", "train_gradient_norm"]
+    rows = [{**METRICS, **{name: 0.1 + number / 99 for number, name in enumerate(names)}, "epoch": e} for e in (0, 1)]
+    rows[1]["step"] = 20
+    acted = {"event": "intervention", "step": 18, "resumed_at": 5, "statistic": "token_spread"}
+    figure = draw_progress(rows, [TIMING], "title", [acted, {"event": "skipped", "step": 3, "cases": ["a"]}])
+    drawn = {tuple(line.get_ydata()) for axis in figure.axes for line in axis.lines}
+    assert {(rows[0][name],) * 2 for name in names} <= drawn
+    assert [axis.get_title() for axis in figure.axes[:9]] == [
         "Loss",
         "Learning rate and gradient norm",
-        "Features on validation crops",
         "Speed",
+        *PANELS,
     ]
-    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
-    assert lines["training"] == [1.5]
+    for axis in (figure.axes[0], *figure.axes[3:9]):
+        assert list(axis.lines[-1].get_xdata()) == [0.5, 0.5]
+        assert axis.texts[0].get_text() == "token spread"
+    assert not any("best" in line.get_label() for line in figure.axes[0].lines)
+
+
+def test_progress_is_drawn_without_optional_records():
+    figure = draw_progress([METRICS], [], "title")
+    assert [axis.get_title() for axis in figure.axes][3:] == ["Directions"]
+    assert [line.get_label() for line in figure.axes[0].lines] == [
+        "training",
+        "validation, held-out patients",
+        "best 1.25",
+    ]
     assert draw_progress([{"epoch": 0, "lr": 0.1, "val_loss": None}], [], "title").axes[0].lines[:] == []
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from nnssl_ext.cli.report import main
 from nnssl_ext.core.executor import InlineExecutor
+from nnssl_ext.engine.panels import PANELS
 from nnssl_ext.evaluation import analysis, verdict
 from nnssl_ext.evaluation.preparation import EvaluationSettings
 from nnssl_ext.evaluation.records import Evaluation, save_evaluation
@@ -19,7 +20,7 @@ from nnssl_ext.imageio import Geometry
 from nnssl_ext.reports import overlays, tables
 from nnssl_ext.reports.figures import rows_of
 from nnssl_ext.reports.page import minus, render
-from nnssl_ext.reports.pretraining import read_pretraining
+from nnssl_ext.reports.pretraining import draw_curves, read_pretraining
 from tests.evaluation import fakes
 
 SETTINGS = EvaluationSettings(
@@ -122,6 +123,8 @@ def test_names_are_escaped_gaps_are_named_and_pretraining_is_shown(evaluation: E
         {"epoch": e, "step": e, "train_loss": 1 / (e + 1), "val_loss": None, "effective_rank": 0.1} for e in range(3)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    acted = {"event": "intervention", "statistic": "rank", "diagnosis": "rank <1", "changes": ["back to step 1"]}
+    (run / "interventions.jsonl").write_text(json.dumps({"step": 2, "resumed_at": 1, **acted}) + "\n")
     for epoch in (1, 3):
         Figure(figsize=(1, 1)).savefig(run / "reconstructions" / f"epoch_{epoch:04d}.png")
     arms = tuple(replace(arm, pretraining_run=str(run)) if arm.pretrained else arm for arm in evaluation.arms)
@@ -132,6 +135,7 @@ def test_names_are_escaped_gaps_are_named_and_pretraining_is_shown(evaluation: E
     assert "No pictures. The raw images are not here" in page.text
     assert "MAETrainer__nnsslPlans__3d_fullres" in page.text
     assert "3 epochs of pretraining" in page.text
+    assert "Step 2: rank <1. Intervened: back to step 1." in page.text
     assert len(page.images) == 5 + 3  # without cases; with curves and two reconstructions
 
 
@@ -144,6 +148,17 @@ def test_predictions_that_are_gone_are_named(evaluation: Evaluation, tmp_path: P
 def test_an_empty_pretraining_folder_has_nothing_to_show(tmp_path: Path) -> None:
     found = read_pretraining(tmp_path)
     assert (found.curves, found.first, found.last, found.num_epochs) == (None, None, None, 0)
+
+
+def test_every_number_of_a_pretraining_is_drawn() -> None:
+    """Catches health or probe numbers, a chance or an intervention that the report leaves out."""
+    names = ["train_loss", "val_known_case_chance", *(name for lines in PANELS.values() for name in lines)]
+    row = {"epoch": 0, "step": 9, **{name: 0.1 + number / 99 for number, name in enumerate(names)}}
+    acted = {"event": "intervention", "step": 8, "resumed_at": 3, "statistic": "rank"}
+    figure = Figure()
+    draw_curves(figure, 4, [row], [acted])
+    assert {row[name] for name in names} <= {line.get_ydata()[0] for axis in figure.axes for line in axis.lines}
+    assert [axis.texts[0].get_text() for axis in figure.axes] == ["rank"] * 7
 
 
 def test_one_fold_one_seed_one_class_still_make_a_report(evaluation: Evaluation) -> None:
