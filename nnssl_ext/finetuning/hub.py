@@ -62,6 +62,12 @@ def locate(checkpoint: Path | str) -> Path:
     return Path(checkpoint) if address is None else _download(address)
 
 
+def name_on_hub(checkpoint: Path | str) -> str:
+    """What the address of a checkpoint calls it: the repository, without its owner, and the file; "" for a path."""
+    address = parse_address(checkpoint) if isinstance(checkpoint, str) else None
+    return "" if address is None else f"{address.repository.split('/')[1]}/{address.file or ''}"
+
+
 def _download(address: Address) -> Path:
     try:
         from huggingface_hub import hf_hub_download

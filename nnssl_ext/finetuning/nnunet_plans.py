@@ -14,7 +14,7 @@ from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split, folds_by_subject
 from nnssl_ext.finetuning.config import PLANS_KEY, FinetuningConfig
 from nnssl_ext.finetuning.environment import nnunet_root
-from nnssl_ext.finetuning.hub import locate
+from nnssl_ext.finetuning.hub import locate, name_on_hub
 from nnssl_ext.finetuning.nnunet_dataset import NNUNET_PLANS, prepare_dataset
 from nnssl_ext.finetuning.plans_content import build_finetuning_network, build_plans, smaller_patch
 from nnssl_ext.finetuning.preprocessing_settings import Mode, Preprocessing, resolve_preprocessing
@@ -208,7 +208,7 @@ def _plans_name(name: str) -> str:
 
 
 def _pretrained(checkpoint: Path | str, token_order: str | None, allow_sham: bool) -> Pretrained:
-    pretrained = read_pretrained(locate(checkpoint), token_order)
+    pretrained = read_pretrained(locate(checkpoint), token_order, name_on_hub(checkpoint))
     if pretrained.sham and not allow_sham:
         raise ValueError(
             f"{checkpoint} is of a sham run, a control whose targets were destroyed. Use the checkpoint of the real "

@@ -77,12 +77,13 @@ class Pretrained:
         return tuple(float(value) for value in spacing)
 
 
-def read_pretrained(path: Path, token_order: str | None = None) -> Pretrained:
+def read_pretrained(path: Path, token_order: str | None = None, hub_name: str = "") -> Pretrained:
     """Reads a checkpoint of this project or of upstream's, whole or released.
 
     Args:
         path: A `.pth` file with `network_weights` and `nnssl_adaptation_plan`, or `.safetensors` beside `PLAN_FILE`.
         token_order: For a transformer of upstream's, one of `upstream.TokenOrder`; None: what the checkpoint says.
+        hub_name: What it is called on the hub, which may tell the method where the file's name does not.
 
     Raises:
         FileNotFoundError: If it is not there.
@@ -102,7 +103,8 @@ def read_pretrained(path: Path, token_order: str | None = None) -> Pretrained:
         if "nnssl_pretraining" in checkpoint:
             return found
         if is_transformer(found.architecture):
-            return _foreign_transformer(found, checkpoint, plan, token_order)
+            order = upstream.token_order(checkpoint, (found.name, hub_name), found.weights, token_order)
+            return _foreign_transformer(found, plan, order)
         return _foreign_unet(found)
     except KeyError as error:
         raise ValueError(f"{path}: its adaptation plan has no {error}; docs/checkpoint.md lists all keys") from error
@@ -161,15 +163,14 @@ def _foreign_unet(found: Pretrained) -> Pretrained:
     return _renamed(found, renamed, parts)
 
 
-def _foreign_transformer(
-    found: Pretrained, checkpoint: Mapping[str, Any], plan: Mapping[str, Any], token_order: str | None
-) -> Pretrained:
+def _foreign_transformer(found: Pretrained, plan: Mapping[str, Any], order: str) -> Pretrained:
     """A transformer of upstream's in our names, its tokens in our order. Its decoder never serves another task."""
-    order = token_order or upstream.token_order(checkpoint, found.name, found.weights)
+    module, dot, _ = found.encoder_key.rpartition(".")
+    registers = f"{module}{dot}{upstream.REGISTERS}"
     found = _renamed(
         found,
-        {found.stem_key: upstream.STEM, found.encoder_key: upstream.STAGES},
-        (f"{found.stem_key}.", f"{found.encoder_key}."),
+        {found.stem_key: upstream.STEM, found.encoder_key: upstream.STAGES, registers: upstream.REGISTERS},
+        (f"{found.stem_key}.", f"{found.encoder_key}.", registers),
     )
     arguments = found.architecture["arch_kwargs"]
     if upstream.POSITION_KEY not in found.weights:

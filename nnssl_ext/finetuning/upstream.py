@@ -12,6 +12,7 @@ axis turns a third of a head's values. Where I and J differ the rows belong to n
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, get_args
@@ -23,15 +24,19 @@ from nnssl_ext.planners.primus import PRIMUS_CLASS, TOKEN_EDGE, token_strides
 logger = logging.getLogger(__name__)
 TokenOrder = Literal["evamae", "primus"]
 """Which axis of the grid is slowest in a transformer's sequence of tokens: the second, or the first."""
-STEM, STAGES = "down_projection", "eva"
+STEM, STAGES, REGISTERS = "down_projection", "eva", "register_tokens"
 POSITION_KEY = f"{STAGES}.pos_embed"
 PRIMUS_X = "PrimusX"
 """Upstream's name for a transformer whose sizes stand in its arguments."""
 _PRIMUS_X_ARGUMENTS = {"encoder_eva_depth": "eva_depth", "encoder_eva_numheads": "eva_numheads"}
-_KEPT_ARGUMENTS = ("embed_dim", "drop_path_rate", "init_values", "scale_attn_inner")
+_KEPT_ARGUMENTS = ("embed_dim", "num_register_tokens", "drop_path_rate", "init_values", "scale_attn_inner")
 _ROTATED = (".attn.q_proj.weight", ".attn.q_proj.bias", ".attn.k_proj.weight")
-_PRIMUS_ORDERED = "simmim"
-"""In the name of upstream's only method whose tokens are in Primus' order."""
+_PRIMUS_ORDERED = ("simmim", "maskedimagemodel")
+"""In names of upstream's only method whose tokens are in Primus' order; letters alone."""
+_EVAMAE_ORDERED = ("mae", "maskedauto", "contrastive", "simclr", "voco", "genesis", "volumefusion", "swinunetr")
+"""In names of the methods that upstream pretrains in EvaMAE."""
+_HALF_SPLIT = "dino"
+"""In names of transformers that rotate otherwise; see `token_order`."""
 
 
 def primus_x_architecture(arguments: Mapping[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
@@ -73,33 +78,50 @@ def new_names(names: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str
     return result
 
 
-def token_order(checkpoint: Mapping[str, Any], file_name: str, weights: Iterable[str]) -> TokenOrder:
-    """The order of a foreign transformer's tokens, as far as the checkpoint tells.
+def token_order(
+    checkpoint: Mapping[str, Any], names: Sequence[str], weights: Iterable[str], asked: str | None = None
+) -> str:
+    """The order of a foreign transformer's tokens, one of `TokenOrder`, as far as the checkpoint tells.
 
-    SimMIM is known by name: of the trainer, a citation or the file. A network with output layers of nnU-Net's was saved
-    here, cut down to what upstream needs. Everything else is EvaMAE's; where neither a name nor EvaMAE's decoder says
-    so, a warning does.
+    Methods are known by name: of the trainer, a citation, the file or its place on the hub. A network with output
+    layers of nnU-Net's was saved here, cut down to what upstream needs. What is not SimMIM's is EvaMAE's; where neither
+    a name nor EvaMAE's decoder says so, a warning does.
 
     Args:
         checkpoint: The whole checkpoint.
-        file_name: Its file, or its name on the hub.
+        names: Of its file, and what else it is called.
         weights: The keys of its weights.
+        asked: The user's word, which goes before what the checkpoint tells.
+
+    Raises:
+        ValueError: If it is named after DINO: such exports of upstream's rotate each half of a head's values against
+            the other half, and Primus neighbours against one another.
     """
     keys = list(weights)
     if any(key.startswith("decoder.seg_layers.") for key in keys):
-        return "primus"
+        return asked or "primus"
     citations = [entry for entry in checkpoint.get("citations") or () if isinstance(entry, Mapping)]
     methods = [entry.get("name", "") for entry in citations if "pretraining method" in str(entry.get("type")).lower()]
-    names = [str(checkpoint.get("trainer_name", "")), *map(str, methods)]
-    if any(_PRIMUS_ORDERED in name.lower() for name in (*names, file_name)):
-        return "primus"
-    if not any(names) and not any(key.startswith("decoder.blocks.") for key in keys):
+    stated = [re.sub("[^a-z]", "", str(name).lower()) for name in (checkpoint.get("trainer_name"), *methods, *names)]
+    if _named(stated, (_HALF_SPLIT,)):
+        raise ValueError(
+            f"{names[0]} is named after DINO, whose transformers rotate positions half against half and not in pairs "
+            "of neighbours as Primus does: fine-tuned as a Primus it would be another network. Use another checkpoint"
+        )
+    if asked or _named(stated, _PRIMUS_ORDERED):
+        return asked or "primus"
+    if not _named(stated, _EVAMAE_ORDERED) and not any(key.startswith("decoder.blocks.") for key in keys):
         logger.warning(
-            "%s does not say which method trained it; its tokens are taken to be in the order of upstream's masked "
-            "autoencoder. If SimMIM trained it: --token_order primus",
-            file_name,
+            "%s does not say which method trained it, or names one that is not known here; its tokens are taken to be "
+            "in the order of upstream's masked autoencoder. If SimMIM trained it: --token_order primus",
+            names[0],
         )
     return "evamae"
+
+
+def _named(names: Iterable[str], words: Iterable[str]) -> bool:
+    """Whether a word is part of a name."""
+    return any(word in name for name in names for word in words)
 
 
 def check_token_order(order: str) -> None:

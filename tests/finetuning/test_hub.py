@@ -13,9 +13,11 @@ from huggingface_hub.utils import HfHubHTTPError
 from nnssl_ext.cli import plan_finetuning as command
 from nnssl_ext.core.records import read_json, write_json
 from nnssl_ext.finetuning.hub import Address, choose_file, locate, parse_address
+from nnssl_ext.finetuning.nnunet_plans import plan_finetuning
 from nnssl_ext.finetuning.pretrained import read_pretrained
 
-from .conftest import checkpoint
+from .conftest import DATASET, checkpoint
+from .upstream_networks import UpstreamTransformer, transformer_checkpoint
 
 CLIENT_ERROR = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
 """What the library's HTTP client raises without a network; no OSError since version 1."""
@@ -93,6 +95,16 @@ def test_the_command_fetches_the_only_checkpoint_and_names_it(
     info = read_json(labelled_dataset / "ptPlans__hub.json")["pretrain_info"]
     assert info["checkpoint_name"] == "checkpoint_final.pth"
     assert f"checkpoint checkpoint_final.pth of a/b: {hub.folder / 'checkpoint_final.pth'}" in caplog.text
+
+
+def test_the_repositorys_name_tells_the_method(labelled_dataset: Path, hub: Hub) -> None:
+    """Catches a name that is thrown away: positions of SimMIM's, taken for those of EvaMAE, would be permuted."""
+    theirs = UpstreamTransformer((8, 16, 12), (4, 8, 4), "primus", decoder=False)
+    content = transformer_checkpoint(theirs, (8, 16, 12), (4, 8, 4))
+    torch.save({**content, "citations": []}, hub.folder / "checkpoint_final.pth")
+    plan = plan_finetuning(DATASET, "hf://AnonRes/PrimusM-OpenMind-SimMIM", "hub")
+    written = torch.load(plan.weights_path)["network_weights"]["eva.pos_embed"]
+    assert torch.equal(written, theirs.eva.pos_embed)
 
 
 def test_safetensors_bring_their_plan(hub: Hub) -> None:

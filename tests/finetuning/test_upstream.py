@@ -23,8 +23,8 @@ from .test_nnunet_plans import nnunet_network
 from .upstream_networks import DEPTH, HEADS, WIDTH, UpstreamTransformer, disturb, transformer_checkpoint
 
 CUBES = (8, 8, 8)
-PATCHES = [((16, 16, 32), CUBES), ((16, 24, 32), CUBES), ((8, 16, 12), (4, 8, 4)), ((6, 16, 8), (2, 4, 4))]
-"""With tokens of (2, 2, 4), (2, 3, 4), (2, 2, 3) and (3, 4, 2): rotary axes exchanged, or rows of no grid."""
+PATCHES = [((16, 16, 32), CUBES, 0), ((16, 24, 32), CUBES, 0), ((8, 16, 12), (4, 8, 4), 3), ((6, 16, 8), (2, 4, 4), 0)]
+"""Tokens of (2, 2, 4), (2, 3, 4), (2, 2, 3) and (3, 4, 2): rotary axes exchanged, or rows of no grid; and registers."""
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +51,19 @@ def imported(plan: FinetuningPlan) -> SegmentationPrimus:
     return net.eval()
 
 
-@pytest.mark.parametrize(("patch_size", "token"), PATCHES)
+@pytest.mark.parametrize(("patch_size", "token", "registers"), PATCHES)
 @pytest.mark.parametrize("order", ["evamae", "primus"])
 def test_an_imported_transformer_computes_what_upstreams_did(
-    labelled_dataset: Path, tmp_path: Path, patch_size: tuple[int, ...], token: tuple[int, ...], order: str
+    labelled_dataset: Path,
+    tmp_path: Path,
+    patch_size: tuple[int, ...],
+    token: tuple[int, ...],
+    registers: int,
+    order: str,
 ) -> None:
-    """Fails where the learned positions, the rotary axes or both are taken as they are, or reshaped as the grid."""
-    theirs = UpstreamTransformer(patch_size, token, order).eval()
+    """Fails where the learned positions, the rotary axes or both are taken as they are, or reshaped as the grid, and
+    where register tokens are lost."""
+    theirs = UpstreamTransformer(patch_size, token, order, registers=registers).eval()
     content = transformer_checkpoint(theirs, patch_size, token if token != CUBES else None)
     plan = planned(content, tmp_path, token_order=order)
     x = image(patch_size)
@@ -116,6 +122,10 @@ def test_an_encoder_one_level_down_and_positions_of_crops(labelled_dataset: Path
     assert (found.position_grid, found.patch_size) == ((2, 2, 2), (32, 32, 32))
 
 
+def named(method: str) -> dict[str, str]:
+    return {"type": "Pretraining Method", "name": method}
+
+
 def test_a_grid_that_no_patch_of_the_plan_has_is_refused(tmp_path: Path) -> None:
     content = transformer_checkpoint(UpstreamTransformer((16, 16, 32), CUBES, "evamae"), (16, 16, 16))
     torch.save(content, tmp_path / "file.pth")
@@ -133,7 +143,9 @@ def test_a_grid_that_no_patch_of_the_plan_has_is_refused(tmp_path: Path) -> None
         ({"citations": []}, "file.pth", True, "evamae", False),
         ({"citations": []}, "file.pth", False, "evamae", True),
         ({"citations": [], "trainer_name": "SimMIMEvaTrainer_BS8"}, "file.pth", False, "primus", False),
-        ({"citations": [{"type": "Pretraining Method", "name": "SimMIM"}]}, "file.pth", False, "primus", False),
+        ({"citations": [named("SimMIM")]}, "file.pth", False, "primus", False),
+        ({"citations": [named("Simple Masked Image Modeling")]}, "file.pth", False, "primus", False),
+        ({"citations": [named("Jigsaw")]}, "file.pth", False, "evamae", True),
         ({}, "PrimusM-OpenMind-SimMIM.pth", False, "primus", False),
     ],
 )
@@ -146,6 +158,14 @@ def test_the_checkpoint_tells_its_order_of_tokens(
     found = read_pretrained(tmp_path / name).weights["eva.pos_embed"]
     assert torch.equal(found, theirs.eva.pos_embed) is (order == "primus")
     assert ("--token_order primus" in caplog.text) is warns
+
+
+def test_dino_of_another_rotation_is_refused(tmp_path: Path) -> None:
+    """Catches a network that would compute something else without a word, whatever order is asked for."""
+    content = transformer_checkpoint(UpstreamTransformer((16, 16, 32), CUBES, "primus"), (16, 16, 32))
+    torch.save({**content, "citations": [named("DINOv2")]}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"file\.pth is named after DINO, .* half against half"):
+        read_pretrained(tmp_path / "file.pth", "primus")
 
 
 def test_an_unknown_order_is_refused(tmp_path: Path) -> None:
@@ -197,18 +217,22 @@ def test_a_u_net_called_otherwise(labelled_dataset: Path, tmp_path: Path) -> Non
     assert left == set(teacher)
 
 
-@pytest.mark.parametrize("patch_size", [(16, 24, 8), (24, 16)], ids=["3d", "2d"])
+@pytest.mark.parametrize(("patch_size", "registers"), [((16, 24, 8), 3), ((24, 16), 0)], ids=["3d", "2d"])
 def test_our_own_checkpoint_cut_down_to_upstreams_keys_keeps_its_order(
-    tmp_path: Path, tiny_vit_plan: Any, patch_size: tuple[int, ...]
+    tmp_path: Path, tiny_vit_plan: Any, patch_size: tuple[int, ...], registers: int
 ) -> None:
+    """Catches register tokens that are left behind, and our own DINO taken for another's."""
     plan, trainer = tiny_vit_plan(patch_size), MAETrainer.configured([], "vit")
+    (configuration,) = plan.raw["configurations"].values()
+    configuration["architecture"]["arch_kwargs"]["num_register_tokens"] = registers
     task = trainer.build_task(plan.configuration(plan.configuration_names[0]), num_cases=4)
     content = build_checkpoint(task, trainer, plan, content_hashes=[])
     three = {key: content[key] for key in ("network_weights", "citations", "nnssl_adaptation_plan")}
-    for name, part in (("whole.pth", content), ("three.pth", three)):
+    for name, part in (("whole.pth", content), ("dino.pth", three)):
         save_checkpoint(tmp_path / name, part)
-    whole, cut = read_pretrained(tmp_path / "whole.pth"), read_pretrained(tmp_path / "three.pth")
+    whole, cut = read_pretrained(tmp_path / "whole.pth"), read_pretrained(tmp_path / "dino.pth")
     assert cut.architecture == whole.architecture
     assert cut.position_grid == whole.position_grid
     assert all(torch.equal(value, whole.weights[key]) for key, value in cut.weights.items())
     assert set(whole.weights) == set(cut.weights) | set(cut.unused)
+    assert ("register_tokens" in cut.weights) is (registers > 0)

@@ -29,13 +29,16 @@ class UpstreamTransformer(nn.Module):
     EvaMAE flattens the map (i, j, k) of its tokens with j slowest, and both hand positions to them by row.
     """
 
-    def __init__(self, patch_size: Sequence[int], token: Sequence[int], order: str, decoder: bool = True) -> None:
+    def __init__(
+        self, patch_size: Sequence[int], token: Sequence[int], order: str, decoder: bool = True, registers: int = 0
+    ) -> None:
         super().__init__()
         self.order = order
         grid = tuple(size // edge for size, edge in zip(patch_size, token, strict=True))
         sizes: dict[str, Any] = {"embed_dim": WIDTH, "num_heads": HEADS, "ref_feat_shape": grid}
         self.down_projection = PatchEmbed(tuple(token), 1, WIDTH)
-        self.eva = Eva(depth=DEPTH, init_values=0.1, scale_attn_inner=True, **sizes)
+        self.eva = Eva(depth=DEPTH, init_values=0.1, scale_attn_inner=True, num_reg_tokens=registers, **sizes)
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, WIDTH)) if registers else None
         if decoder:
             self.decoder = Eva(depth=1, **sizes)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
@@ -46,15 +49,22 @@ class UpstreamTransformer(nn.Module):
         embedded = self.down_projection(x)
         _, _, first, second, third = embedded.shape
         if self.order == "primus":
-            encoded = self.eva(embedded.flatten(2).transpose(1, 2))[0]
+            encoded = self._encoded(embedded.flatten(2).transpose(1, 2))
             return encoded.transpose(1, 2).unflatten(2, (first, second, third))
         sequence = [embedded[:, :, i, j, k] for j in range(second) for i in range(first) for k in range(third)]
-        encoded, _ = self.eva(torch.stack(sequence, dim=1))
+        encoded = self._encoded(torch.stack(sequence, dim=1))
         output = torch.empty_like(embedded)
         places = [(i, j, k) for j in range(second) for i in range(first) for k in range(third)]
         for row, (i, j, k) in enumerate(places):
             output[:, :, i, j, k] = encoded[:, row]
         return output
+
+    def _encoded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, n, D), with the registers before the tokens in between."""
+        if self.register_tokens is None:
+            return self.eva(tokens)[0]
+        registers = self.register_tokens.expand(len(tokens), -1, -1)
+        return self.eva(torch.cat([registers, tokens], dim=1))[0][:, registers.shape[1] :]
 
 
 def transformer_checkpoint(
@@ -65,6 +75,8 @@ def transformer_checkpoint(
     free = {"embed_dim": WIDTH, "patch_embed_size": tuple(token or ()), "input_channels": 1, "output_channels": 1}
     free |= {"encoder_eva_depth": DEPTH, "encoder_eva_numheads": HEADS, "decoder_eva_depth": 1, "patch_drop_rate": 0.8}
     free |= {"init_values": 0.1, "scale_attn_inner": True, "input_shape": tuple(patch_size), "attn_drop_rate": 0}
+    if getattr(network, "register_tokens", None) is not None:
+        free["num_register_tokens"] = network.register_tokens.shape[1]
     architecture = {
         "arch_class_name": "PrimusX" if token else "PrimusM",
         "arch_kwargs": free if token else None,
