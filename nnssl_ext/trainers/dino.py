@@ -471,13 +471,13 @@ class DINOTrainer(PretrainTrainer):
     num_epochs = 125
 
     def step_cost(self, configuration: Configuration) -> StepCost:
-        """Of the views that were asked for; see `PretrainTrainer`."""
+        """Of the views that were asked for, and of the anchor where there is one; see `PretrainTrainer`."""
         config = self.task_config
         stride = [prod(steps) for steps in zip(*configuration.strides, strict=True)]
         scale = config.final_scale if config.final_share else 1.0
         passes = NUM_GLOBALS + (getattr(config, "ibot_weight", 0) > 0)
         views = num_patches(config.crops, passes, configuration.patch_size, stride, scale)
-        return replace(self.cost, views=views)
+        return replace(self.cost, views=views, copies=2 + (getattr(config, "gram_weight", 0) > 0))
 
 
 @TRAINERS.register

@@ -264,20 +264,21 @@ def test_late_views_have_more_voxels_and_everything_goes_on_with_them(make_plan,
 
 
 @pytest.mark.parametrize(
-    ("trainer", "settings", "views"),
+    ("trainer", "settings", "views", "copies"),
     [
-        (DINOTrainer, [], 2.5),
-        (DINOv2Trainer, [], 3.5),
-        (DINOv2Trainer, ["ibot_weight=0", "crops.num_locals=8"], 3.0),
-        (DINOTrainer, ["final_share=0.1", "final_scale=1.5", "crops.num_locals=0"], 6.75),
+        (DINOTrainer, [], 2.5, 2),
+        (DINOv2Trainer, [], 3.5, 2),
+        (DINOv2Trainer, ["ibot_weight=0", "crops.num_locals=8", "gram_weight=1"], 3.0, 3),
+        (DINOTrainer, ["final_share=0.1", "final_scale=1.5", "crops.num_locals=0"], 6.75, 2),
     ],
 )
-def test_memory_is_asked_for_the_views_there_are(tiny_plan, trainer, settings, views):
-    """Fails if the planner's number is not that of the default settings, or if settings do not change it."""
+def test_memory_is_asked_for_the_views_and_networks_there_are(tiny_plan, trainer, settings, views, copies):
+    """Catches settings that change nothing, a planner's number of other settings, and an anchor that is not counted."""
     configuration = tiny_plan((32, 32, 32)).configuration("3d_fullres")
-    assert trainer.configured(settings).step_cost(configuration).views == pytest.approx(views)
+    cost = trainer.configured(settings).step_cost(configuration)
+    assert (cost.views, cost.copies) == (pytest.approx(views), copies)
     if not settings:
-        assert trainer.cost.views == views
+        assert cost == trainer.cost
 
 
 def test_prototypes_follow_the_cases_and_queues_never_hold_a_batch_twice(tiny_plan):
