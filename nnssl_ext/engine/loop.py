@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
@@ -83,8 +83,12 @@ class Progress:
         return cls(state["epoch"], state["step"], state["best_loss"], meter)
 
 
-def pretrain(spec: RunSpec) -> Outcome:
+def pretrain(spec: RunSpec, after_step: Callable[[], object] = lambda: None) -> Outcome:
     """Pretrain as `spec` says, from the start or from the last checkpoint.
+
+    Args:
+        spec: The run.
+        after_step: Called after every optimiser step of this call.
 
     Returns:
         How it ended.
@@ -109,7 +113,7 @@ def pretrain(spec: RunSpec) -> Outcome:
         if world.main:
             stack.enter_context(log_file(prepared.folder.log))
         try:
-            return _Run(spec, prepared, world, stop).run()
+            return _Run(spec, prepared, world, stop, after_step).run()
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"{device} is out of memory at patch {list(spec.configuration.patch_size)}, batch "
@@ -129,8 +133,10 @@ def _judged(loss: float, best: float, validation: Validation) -> tuple[float, bo
 class _Run:
     """One call of `pretrain` after the refusals."""
 
-    def __init__(self, spec: RunSpec, prepared: Prepared, world: World, stop: StopRequest) -> None:
-        self.spec, self.world, self.stop = spec, world, stop
+    def __init__(
+        self, spec: RunSpec, prepared: Prepared, world: World, stop: StopRequest, after_step: Callable[[], object]
+    ) -> None:
+        self.spec, self.world, self.stop, self.after_step = spec, world, stop, after_step
         self.folder, self.store, self.split = prepared.folder, prepared.store, prepared.split
         self.device, self.precision = prepared.device, prepared.precision
         self.probe = prepared.probe
@@ -237,6 +243,7 @@ class _Run:
             self.guard.after_step(self.progress.step, self._resume_state)
             self.speed = self.watch.step(loader.wait_seconds)
             bar.step(values["loss"], self.speed)
+            self.after_step()
             if self._stopping():
                 return False
         return True

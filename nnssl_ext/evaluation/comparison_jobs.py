@@ -12,15 +12,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from nnssl_ext.core.paths import find_dataset, preprocessed_root, raw_root, run_folder
 from nnssl_ext.core.records import write_json
 from nnssl_ext.evaluation.training import use_gpu
 
-MEASURED_STEPS = (2, 10)
-"""Lengths of two runs whose difference is the time of the steps between them."""
+WARM_UP_STEPS, MEASURED_STEPS = 2, 8
+"""Steps of the run that measures a step: those that are not counted, and those that are."""
 SHAM_SUFFIX = "-sham"
 
 
@@ -116,24 +118,38 @@ def pretrain_method(task: PretrainingTask) -> None:
 
 
 def measure_step(task: PretrainingTask) -> float:
-    """Seconds of an optimiser step: on a CPU of processor time, else of the wall clock.
+    """Seconds of an optimiser step: on a CPU of this process's own time, else of the wall clock.
 
-    Three short runs in a temporary folder; the first one warms up, the other two differ by some steps alone, so that
-    starting, validating and saving cancel out.
+    One short run in a temporary folder, and the clock after each of its steps: starting, validating and saving lie
+    before the first or after the last.
+
+    Raises:
+        ValueError: What the engine refuses, or where the clock measured nothing.
     """
     from nnssl_ext.engine.loop import pretrain
 
     clock = time.process_time if task.device == "cpu" else time.perf_counter
-    few, many = MEASURED_STEPS
-    seconds = []
+    ends: list[float] = []
     with _worker(task.device, task.gpus, task.log_file), tempfile.TemporaryDirectory(prefix="nnssl_step_") as folder:
-        for number, steps in enumerate((few, few, many)):
-            spec = run_spec(replace(task, num_epochs=1, steps_per_epoch=steps))
-            trainer = replace(spec.trainer, val_steps_per_epoch=1)
-            started = clock()
-            pretrain(replace(spec, trainer=trainer, folder=Path(folder) / str(number)))
-            seconds.append(clock() - started)
-    return max(seconds[2] - seconds[1], 1e-6) / (many - few)
+        spec = run_spec(replace(task, num_epochs=1, steps_per_epoch=WARM_UP_STEPS + MEASURED_STEPS))
+        spec = replace(spec, trainer=replace(spec.trainer, val_steps_per_epoch=1), folder=Path(folder))
+        pretrain(spec, lambda: ends.append(clock()))
+    return usual_step(ends)
+
+
+def usual_step(ends: Sequence[float]) -> float:
+    """Median duration of the steps after those that warm up, so that one slow step counts like any other.
+
+    Args:
+        ends: When each step ended, in seconds.
+
+    Raises:
+        ValueError: If it is not above 0, or there are no such steps.
+    """
+    seconds = [after - before for before, after in pairwise(ends[WARM_UP_STEPS - 1 :])]
+    if not seconds or not (usual := median(seconds)) > 0:
+        raise ValueError(f"a step cannot be measured: {len(ends)} steps ended at {list(ends)} seconds. Try once more")
+    return usual
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ class Protocol:
     settings: tuple[str, ...] = ("val_steps_per_epoch=10",)
     """Settings of the method, as `nnssl_train --set` takes them."""
     settings_if_known: tuple[str, ...] = ()
-    """The same, for those methods alone that have such a setting."""
+    """The same, for those methods alone that have such a setting by themselves, not in tasks that they join."""
     transfer: Literal["auto", "encoder", "encoder_decoder"] = "auto"
     """Weights that fine-tuning takes over; `auto`: the decoder too where the method has trained it."""
 

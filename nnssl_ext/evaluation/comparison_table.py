@@ -30,6 +30,7 @@ def conclude(
 ) -> MethodComparison:
     """Ranking, sentences and the table, from what all runs left behind."""
     settings = planned.settings
+    methods = tuple(_Table(planned, runs, probes, costs, evaluation).rows())
     rankings = comparison_verdict.rank_arms(
         evaluation.cases, {arm.name: arm.label for arm in evaluation.arms}, planned.num_train
     )
@@ -47,12 +48,12 @@ def conclude(
         num_train=planned.num_train,
         finetuning={**to_dict(settings.finetuning), "patch_size": list(planned.patch_size)},
         probe=to_dict(settings.probe),
-        methods=tuple(_Table(planned, runs, probes, costs, evaluation).rows()),
+        methods=methods,
         rankings=rankings,
         headline=comparison_verdict.headline(rankings),
         certainty=comparison_verdict.certainty(rankings, len(settings.seeds)),
         conditions=comparison_verdict.CONDITIONS,
-        warnings=(*planned.warnings, *evaluation.warnings),
+        warnings=(*planned.warnings, *_not_learned(methods), *evaluation.warnings),
         versions=versions(),
     )
 
@@ -141,7 +142,7 @@ class _Table:
             probe=_means(dice),
             over_random=learning.compare(dice, self._random(method), f"{method.label} random"),
             over_sham=over_sham,
-            verdict="-" if method.sham else learning.verdict(over_sham),
+            verdict="-" if method.sham else learning.verdict(over_sham, gate),
             commands=commands,
         )
 
@@ -152,6 +153,17 @@ class _Table:
     def _commands(self, plans_name: str) -> tuple[str, ...]:
         report = read_json(self.planned.preprocessed / f"{plans_name}_report.json")
         return (jobs.as_line(report["command"]),)
+
+
+def _not_learned(methods: Sequence[MethodResult]) -> list[str]:
+    """A warning that names the methods whose gate failed, where there are any."""
+    failed = [row.label for row in methods if row.gate == learning.FAILED and not row.sham]
+    if not failed:
+        return []
+    return [
+        f"No better than chance at their own task on held-out cases: {comparison_verdict.listed(failed)}. What such "
+        "weights add is not what the method is meant to teach."
+    ]
 
 
 def _means(dice: Mapping[int, Array]) -> dict[int, float]:

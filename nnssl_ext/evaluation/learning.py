@@ -15,6 +15,10 @@ HIGHER_IS_BETTER = ("accuracy", "retrieval", "known", "dice", "iou", "hit", "ran
 """In the names of metrics that rise; all others are errors."""
 _BEATEN = {"_chance": "", "_untouched": " over the damaged input", "_other_case": " by the second view"}
 """Ends of the names of metrics that another one should beat, and what is then added to its name."""
+_STRICTER = tuple(words for words in _BEATEN.values() if words)
+"""What is harder to beat than chance."""
+FAILED = "failed"
+"""Of a gate: what the task asks for was not learned."""
 
 
 def case_dice(dice: Any) -> Array:
@@ -70,8 +74,10 @@ def compare(arm: Mapping[int, Array], reference: Mapping[int, Array], name: str)
     return Difference(mean, interval.low, interval.high, undecidable_below(differences, folds), len(seeds))
 
 
-def verdict(difference: Difference | None) -> str:
-    """What a difference to the sham run says of a method."""
+def verdict(difference: Difference | None, gate: str) -> str:
+    """What can be said of a method, from its difference to the sham run and the words of `gate`."""
+    if gate == FAILED:
+        return "did not learn its task"
     if difference is None:
         return "no sham"
     if difference.undecidable_below is None:
@@ -103,6 +109,9 @@ def gate(
 ) -> tuple[str, str]:
     """Whether every seed beats chance on held-out cases, and the metrics beside their chance, for the table.
 
+    It is `FAILED` where no metric beats its chance, whatever else it beats; `in part` where one does and another one
+    does not beat what it should: its chance, the damaged input, or the second view of another case.
+
     Args:
         pretext: Of each seed: name to value and chance.
         sham: The same of sham runs, for the table alone. Their value is what knowing all cases' average gives: they
@@ -110,14 +119,15 @@ def gate(
     """
     if not pretext or not pretext[0]:
         return "no chance known", "-"
-    texts, beaten = [], []
+    texts, beaten, by_chance = [], [], []
     for name in pretext[0]:
         pairs = np.array([record[name] for record in pretext])
         rising = any(word in name for word in HIGHER_IS_BETTER)
         better = pairs[:, 0] > pairs[:, 1] if rising else pairs[:, 0] < pairs[:, 1]
         beaten.append(bool(better.all()))
+        by_chance += [] if name.endswith(_STRICTER) else beaten[-1:]
         blind = [record[name][0] for record in sham if name in record]
         beside = f", sham {np.mean(blind):.3f}" if blind else ""
         texts.append(f"{name} {pairs[:, 0].mean():.3f} (chance {pairs[:, 1].mean():.3f}{beside})")
-    words = "passed" if all(beaten) else "failed" if not any(beaten) else "in part"
+    words = "passed" if all(beaten) else "in part" if any(by_chance) else FAILED
     return words, "; ".join(texts)

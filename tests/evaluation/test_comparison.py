@@ -65,7 +65,7 @@ class World:
 
     def pretrain_method(self, task) -> None:
         write_json(task.checkpoint, {})
-        value = 0.99 if task.sham else 0.5
+        value = 0.5 if task.trainer == "MAETrainer" and not task.sham else 1.01
         (task.folder / "metrics.jsonl").write_text(json.dumps({"val_mse": value, "val_mse_chance": 1.0}) + "\n")
 
     def probe_method(self, task) -> None:
@@ -141,6 +141,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_plan: Callable) -> I
 
 
 def test_from_settings_to_records(finished: SimpleNamespace) -> None:
+    """Catches a gate that has no part in the verdict, and one of sham runs that has a part in the warnings."""
     found, evaluation, folder = finished.made
     assert folder == finished.world.root / "results" / fakes.DATASET / "evaluation" / "compare-50steps"
     assert finished.counts == {"measure_step": 2, "plan_arm": 5, "pretrain_method": 8, "probe_method": 10}
@@ -148,10 +149,13 @@ def test_from_settings_to_records(finished: SimpleNamespace) -> None:
     assert len(evaluation.runs) == 3 * 2  # arms, seeds
     mae = found.method("MAE")
     assert (mae.steps, mae.seconds_per_step, mae.gate) == (50, 0.1, "passed")
-    assert mae.pretext == "mse 0.500 (chance 1.000, sham 0.990)"
+    assert mae.pretext == "mse 0.500 (chance 1.000, sham 1.010)"
     assert mae.over_sham.mean == pytest.approx(0.15)
     assert mae.over_random.mean == pytest.approx(0.30)
     assert mae.verdict == "beats sham"
+    assert found.method("Spark").verdict == "did not learn its task"
+    (warning,) = (text for text in found.warnings if "chance" in text)
+    assert warning.startswith("No better than chance at their own task on held-out cases: Spark. ")
     assert (found.method("MAE sham").arm, found.method("MAE sham").verdict) == (None, "-")
     assert found.method("scratch").probe == pytest.approx({0: 0.31, 1: 0.31})
     assert {arm.label for arm in found.rankings[0].arms} == {"scratch", "MAE", "Spark"}
