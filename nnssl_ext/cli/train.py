@@ -139,21 +139,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _list_trainers() -> None:
     from nnssl_ext.engine.task import TRAINERS
+    from nnssl_ext.reports.methods import needs_text
 
     names = TRAINERS.names()
     width = max(map(len, names))
     for name in names:
-        info = TRAINERS.get(name).task.info
-        print(f"{name:{width}}  {info.idea} [{', '.join(sorted(info.encoders))}; {info.paper}]")
+        trainer = TRAINERS.get(name)
+        info = trainer.task.info
+        print(f"{name:{width}}  {info.idea} [{', '.join(sorted(info.encoders))}; {needs_text(trainer)}; {info.paper}]")
 
 
 def _describe(name: str) -> None:
     from nnssl_ext.core.records import describe
     from nnssl_ext.engine.task import TRAINERS
+    from nnssl_ext.reports.methods import needs_text
 
     trainer = TRAINERS.get(name)
     info = trainer.task.info
-    print(f"{name}: {info.idea}\n{info.paper}; backbones: {', '.join(sorted(info.encoders))}\n")
+    print(f"{name}: {info.idea}\n{info.paper}; backbones: {', '.join(sorted(info.encoders))}")
+    print(f"data: {needs_text(trainer)}\n")
     for row in describe(trainer()):
         setting = row.name.removeprefix("task_config.")
         print(f"  {setting} = {row.default}  ({row.type})")

@@ -51,6 +51,8 @@ class TaskInfo:
     transformer never serves another task: its widths follow the number of classes."""
     needs: DataNeeds = field(default_factory=DataNeeds)
     """What it asks of the data; a run on data that cannot give it is refused at the start."""
+    needs_if: str = ""
+    """What it asks of the data with another setting, for the documentation: "with SETTING=VALUE: ..."."""
     choose: str = ""
     """When to choose it, for the documentation: the end of a sentence that begins "Choose it", with a full stop."""
     pooled: bool = False

@@ -96,7 +96,7 @@ def _overview(trainers: Sequence[type[PretrainTrainer]], cost: Cost) -> str:
         info, name = trainer.task.info, trainer.__name__
         costs = [cost.text(kind, name) for kind in KINDS if kind in info.encoders]
         rows.append(
-            (f"[{name}](#{name.lower()})", info.idea, _kinds(info.encoders), _needs(trainer), " / ".join(costs))
+            (f"[{name}](#{name.lower()})", info.idea, _kinds(info.encoders), needs_text(trainer), " / ".join(costs))
         )
     head = ("trainer", "idea", "runs on", "data", f"a step's time and memory, in {REFERENCE}'s, and share of views")
     note = f"\n{cost.conditions}\n" if cost.conditions else ""
@@ -133,7 +133,7 @@ def _facts(trainer: type[PretrainTrainer], cost: Cost) -> str:
         f"**Idea**: {info.idea}.",
         f"**Paper**: {_ARXIV.sub(_LINK, info.paper)}.",
         f"**Runs on**: {_kinds(info.encoders)}.",
-        f"**Asks of the data**: {_needs(trainer)}.",
+        f"**Asks of the data**: {needs_text(trainer)}.",
         f"**Goes to fine-tuning**: {_transfers(trainer)}.",
         f"**Cost of a step**, in steps of {REFERENCE}: {'; '.join(costs)}. It holds {_memory(trainer)}.",
     ]
@@ -146,7 +146,8 @@ def _kinds(encoders: Iterable[str]) -> str:
     return " and ".join(name for kind, name in KINDS.items() if kind in encoders)
 
 
-def _needs(trainer: type[PretrainTrainer]) -> str:
+def needs_text(trainer: type[PretrainTrainer]) -> str:
+    """What a method asks of the data, in words."""
     needs = trainer.task.info.needs
     words = [f"{needs.channels} or more channels"] if needs.channels > 1 else []
     if needs.images > 1:
@@ -156,7 +157,7 @@ def _needs(trainer: type[PretrainTrainer]) -> str:
             "session": "co-registered images of a session",
         }
         words.append(f"{needs.images} {shared[needs.same]} a sample")
-    return ", ".join(words) or "any volumes"
+    return "; ".join(filter(None, [", ".join(words) or "any volumes", trainer.task.info.needs_if]))
 
 
 def _transfers(trainer: type[PretrainTrainer]) -> str:

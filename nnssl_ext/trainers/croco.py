@@ -8,11 +8,12 @@ second view what the first one hides. So the encoder learns what corresponds, no
 Papers: Weinzaepfel et al. 2022 (arXiv:2210.10716) and 2023 (arXiv:2211.10408, rotary positions). Other than there,
 images are volumes, positions are Primus' (learned and rotary), the target is normalised per token and channel, views
 are not mirrored against one another, and a token that holds padding is seen in neither view. The encoder goes to
-fine-tuning; the decoder stays in the checkpoints that can be resumed.
+fine-tuning; the decoder stays in the checkpoint, as its `predictor`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -102,6 +103,7 @@ class CroCo(PretextTask):
         choose="where correspondence matters, as in registration and follow-up scans, or where sessions hold "
         "co-registered images.",
         encoders={"vit"},
+        needs_if="with pair=session: two co-registered images a session",
     )
     config: CroCoConfig
     encoder: PrimusEncoder
@@ -211,6 +213,10 @@ class CroCo(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The tokens to restore are those of another case; see `PretextTask.sham`."""
         return restore_another_case(views)
+
+    def predictor(self) -> Mapping[str, torch.Tensor]:
+        """The decoder; see `PretextTask`."""
+        return self.decoder.state_dict(prefix="decoder.")
 
     def export_network(self) -> nn.Module:
         """The transformer as trained, with a fresh decoder; see `PretextTask`."""

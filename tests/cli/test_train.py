@@ -32,6 +32,8 @@ def test_list_shows_every_trainer_with_idea_and_backbones(capsys):
     assert "hide blocks" in line
     assert "cnn" in line
     assert all(len(line.split()) > 3 for line in lines)
+    (pairs,) = (line for line in lines if line.startswith("CroCoTrainer "))
+    assert "any volumes; with pair=session: two co-registered images a session" in pairs
 
 
 def test_describe_shows_type_default_and_meaning(capsys):
@@ -39,6 +41,7 @@ def test_describe_shows_type_default_and_meaning(capsys):
     text = capsys.readouterr().out
     assert "mask_ratio = 0.75  (float)\n      " in text
     assert "optim.lr = 0.01  (float)" in text
+    assert "data: any volumes\n" in text
     assert "task_config" not in text
 
 

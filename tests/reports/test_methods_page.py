@@ -48,7 +48,7 @@ def test_masked_autoencoders_as_the_code_has_them(page: str) -> None:
         "1 forward passes of a patch kept for the gradient, of 25% of the tokens on a transformer, with the decoder"
         in text
     )
-    assert "| `mask_ratio` | `0.75` | Share of the voxels (on a transformer: of the tokens) that is hidden" in text
+    assert "| `mask_ratio` | `0.75` | Share of the real voxels that is hidden" in text
     assert "| `optim.lr` | `0.01`; transformer: `0.0003` |" in text
     assert "min_foreground" not in text  # as every trainer's
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.engine.checkpoint import build_checkpoint, released
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.trainers.croco import CroCo, CroCoConfig, CroCoTrainer
@@ -273,6 +274,16 @@ def test_the_recipe_is_the_published_one(tiny_vit_plan):
     task = trainer.build_task(tiny_vit_plan().configuration("3d_fullres"), 4)
     assert len(task.decoder.blocks) == 8
     assert task.parent_scale == 1.4
+
+
+def test_the_final_checkpoint_keeps_the_decoder(tiny_vit_plan):
+    """Catches a decoder that is gone with the state that only resuming needs."""
+    plan = tiny_vit_plan((24, 16))
+    task = make_task(plan)
+    final = released(build_checkpoint(task, CroCoTrainer(), plan, content_hashes=[], resume={"step": 1}))
+    predictor, decoder = final["nnssl_pretraining"]["predictor"], task.decoder.state_dict()
+    assert predictor.keys() == {f"decoder.{name}" for name in decoder}
+    assert all(torch.equal(predictor[f"decoder.{name}"], value) for name, value in decoder.items())
 
 
 def test_a_plan_without_tokens_is_refused(tiny_plan):

@@ -59,9 +59,11 @@ def asked_voxels(task: PretextTask, views: dict[str, torch.Tensor]) -> torch.Ten
 
 
 def test_background_is_seen_and_not_asked_for(method):
+    """And no more is read than a patch. Catches air in the loss, and larger crops that are cut down in the end."""
     build, _ = method
     batch, air = make_batch()
     task = build("target.background_std=0.05")
+    assert task.parent_scale == 1
     views = task.views(batch, RANDOM, train=False)
     assert torch.equal(asked_voxels(task, views), views["hidden"] & batch.valid & ~air)
     assert torch.equal(views["image"], batch.data)

@@ -61,6 +61,7 @@ def test_the_encoder_sees_the_same_number_of_tokens_of_every_sample(task, patch_
     task.encoder.eva.blocks[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     views = task.views(make_batch(patch_size), RANDOM, train)
     task(views)
+    assert task.parent_scale == 1  # no more is read than a patch
     number = round(MODALITIES * task.num_tokens / 6)
     assert lengths == [number + 1]
     assert (views["kept"] >= 0).all()
