@@ -21,7 +21,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from nnssl_ext.core.random import SampleRandom
-from nnssl_ext.core.records import describe
+from nnssl_ext.core.records import apply_overrides, describe
 from nnssl_ext.engine.checkpoint import build_checkpoint, load_checkpoint, save_checkpoint
 from nnssl_ext.engine.optim import OptimConfig, build_optimizer, parameter_groups
 from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer, StepOutput
@@ -36,6 +36,18 @@ GRADIENT_STEPS = 20
 LEARNING_STEPS = 40
 TAKEN, DRAWN, COUNTED = {"target", "classes", "partner"}, {"turns", "order", "place"}, {"asked", "valid"}
 """Views that a sham takes from another sample, that it draws anew, and of whose voxels it may ask for fewer."""
+STILL = [
+    f"{name}=0" for name in ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "inverted_gamma")
+]
+STRONG = [change for name in ("brightness", "contrast", "gamma") for change in (f"{name}=1", f"{name}_range=[3,3]")]
+"""No change of intensity, and those that CT must not undergo."""
+INTENSITIES = {
+    name: setting
+    for name in TRAINERS.names()
+    for setting in ("intensity", "crops.intensity")
+    if setting.split(".")[0] in {each.name for each in fields(TRAINERS.get(name).task.Config)}
+}
+"""The setting that says how intensities change, of the methods that have one."""
 NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 PLANS = {"cnn": "tiny_plan", "vit": "tiny_vit_plan"}
@@ -196,6 +208,27 @@ def test_padding_has_no_influence(trainer, plan, train):
     other = deepcopy(task)  # a pass in training may fill queues
     losses = [forward(*each, step=0, train=train).loss for each in ((task, batch), (other, spoilt))]
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    "method", [row for row in dict(METHODS).items() if row[0] in INTENSITIES], ids="-".join, indirect=True
+)
+@pytest.mark.parametrize("plan", [2], ids=["2d"], indirect=True)
+def test_measured_values_are_not_rescaled(method, trainer, plan):
+    """Catches a method that changes brightness, contrast or gamma of CT; with z-scores it does what it is told."""
+    task = build(trainer, plan)
+    batch = make_batch(task)
+    changed = {}
+    for scheme in ("CTNormalization", "ZScoreNormalization"):
+        task.configuration = replace(
+            task.configuration, normalization_schemes=(scheme,) * task.configuration.num_input_channels
+        )
+        shown = []
+        for changes in (STILL, STILL + STRONG):
+            task.config = apply_overrides(task.config, [f"{INTENSITIES[method[0]]}.{change}" for change in changes])
+            shown.append(task.views(batch, SampleRandom(seed=1, step=0, samples=batch.samples), train=True))
+        changed[scheme] = any(not torch.equal(view, shown[1][name]) for name, view in shown[0].items())
+    assert changed == {"CTNormalization": False, "ZScoreNormalization": True}
 
 
 def test_every_parameter_gets_a_gradient(trainer, plan):
