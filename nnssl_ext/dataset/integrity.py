@@ -69,6 +69,12 @@ def content_hash(channel: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def image_hashes(files: Sequence[Path]) -> tuple[str, ...]:
+    """Content hash of each channel of one case, as preprocessing records them."""
+    data, _ = read_image(list(files))
+    return tuple(map(content_hash, data))
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckedCase:
     """One case, read and checked."""

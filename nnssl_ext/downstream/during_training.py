@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from nnssl_ext.dataset.integrity import image_hashes
 from nnssl_ext.dataset.manifest import Case, Manifest
 from nnssl_ext.downstream.frozen import Frozen
 from nnssl_ext.downstream.labelled import LabelledCase, read_labelled
 from nnssl_ext.downstream.probing import ProbeConfig, probe
-from nnssl_ext.engine.run import Probe, ProbeOf
+from nnssl_ext.engine.run import Probe, ProbeOf, TrainedOn
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.planners.plan import Configuration, Plan
 
@@ -35,14 +36,15 @@ def make_probe(manifest: Manifest, plan: Plan, configuration: Configuration, hel
         manifest: A raw dataset with labels.
         plan: Of the run.
         configuration: Of the run.
-        held_out_only: Whether only cases that the run holds out may be looked at: where it trains on this dataset.
+        held_out_only: Whether only cases that the run holds out may be looked at: where it trains on this dataset. Of
+            another one, patients of whom the run trains on an image, under whatever name, are left out.
 
     Raises:
-        ValueError: If the dataset has no labels, here, or the held-out cases too few, when the probe is given them;
+        ValueError: If the dataset has no labels, here, or too few that may be looked at, when the probe is told which;
             same-case retrieval and rank are logged in any case.
     """
     labelled = [case for case in manifest.cases if case.label is not None]
-    patients = len(_one_of_each_patient(labelled))
+    patients = len(_by_patient(labelled))
     if patients < LEAST_CASES:
         raise ValueError(
             f"{manifest.dataset_name} has labels of {patients} patients, and a probe needs {LEAST_CASES}. Name a "
@@ -50,8 +52,8 @@ def make_probe(manifest: Manifest, plan: Plan, configuration: Configuration, hel
             "a case's other crops are logged without labels"
         )
 
-    def choose(held_out: Sequence[str]) -> ProbeOf:
-        chosen = _chosen(labelled, held_out_only, held_out)
+    def choose(held_out: Sequence[str], trained: TrainedOn) -> ProbeOf:
+        chosen = _held_out(labelled, held_out) if held_out_only else _unseen(manifest.dataset_name, labelled, trained)
         cases: list[LabelledCase] = []
 
         def run(encoder: Encoder) -> dict[str, float]:
@@ -79,21 +81,44 @@ def _shows_classes(cases: Sequence[LabelledCase]) -> bool:
     return len({value for case in cases for value in case.labels.unique().tolist() if value >= 0}) > 1
 
 
-def _one_of_each_patient(cases: Iterable[Case]) -> list[str]:
-    first: dict[str, str] = {}
+def _by_patient(cases: Iterable[Case]) -> dict[str, list[Case]]:
+    found: dict[str, list[Case]] = {}
     for case in cases:
-        first.setdefault(case.subject, case.case_id)
-    return list(first.values())
+        found.setdefault(case.subject, []).append(case)
+    return found
 
 
-def _chosen(labelled: Sequence[Case], held_out_only: bool, held_out: Sequence[str]) -> list[str]:
-    allowed = _one_of_each_patient(case for case in labelled if not held_out_only or case.case_id in held_out)
-    if len(allowed) < LEAST_CASES:
+def _held_out(labelled: Sequence[Case], held_out: Sequence[str]) -> list[str]:
+    """A case of each held-out patient."""
+    patients = _by_patient(case for case in labelled if case.case_id in held_out)
+    if len(patients) < LEAST_CASES:
         raise ValueError(
-            f"{len(allowed)} of the held-out patients have labels, and a probe needs {LEAST_CASES}. Raise --set "
+            f"{len(patients)} of the held-out patients have labels, and a probe needs {LEAST_CASES}. Raise --set "
             "val_fraction, or name another dataset by --probe_dataset"
         )
-    return allowed[:MOST_CASES]
+    return [cases[0].case_id for cases in patients.values()][:MOST_CASES]
+
+
+def _unseen(dataset: str, labelled: Sequence[Case], trained: TrainedOn) -> list[str]:
+    """A case of each patient of whom no image is trained on; no more images are read than it takes."""
+    chosen: list[str] = []
+    dropped = 0
+    for patient, cases in _by_patient(labelled).items():
+        if len(chosen) == MOST_CASES:
+            break
+        if patient in trained.patients or any(trained.hashes.intersection(image_hashes(case.images)) for case in cases):
+            dropped += len(cases)
+        else:
+            chosen.append(cases[0].case_id)
+    if dropped:
+        logger.warning("The probe leaves out %d labelled cases of %s: their patients are trained on.", dropped, dataset)
+    if len(chosen) < LEAST_CASES:
+        raise ValueError(
+            f"{len(chosen)} patients of {dataset} have labels and are not trained on ({dropped} cases are left out), "
+            f"and a probe needs {LEAST_CASES}. Name another dataset by --probe_dataset, or train on this one itself, "
+            "where the probe takes the held-out cases"
+        )
+    return chosen
 
 
 def _mean(dice: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from nnssl_ext.core.records import read_json
 from nnssl_ext.dataset.splits import Split, split_by_subject
 from nnssl_ext.engine.device import resolve_device, resolve_precision
 from nnssl_ext.engine.distributed import World
-from nnssl_ext.engine.run import ProbeOf, RunFolder, RunSpec, identity
+from nnssl_ext.engine.run import ProbeOf, RunFolder, RunSpec, identity, trained_on
 from nnssl_ext.engine.task import PretrainTrainer
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import FULL_PRECISION_BYTES, MEASURES, MIXED_PRECISION_BYTES, estimate_memory
@@ -67,7 +67,11 @@ def prepare(spec: RunSpec, world: World) -> Prepared:
     store = Store.open(spec.data_folder)
     check_channels(store, spec.configuration)
     split = load_or_make_split(spec, store, folder)
-    probe = spec.probe(split.val) if spec.probe is not None and spec.settings.probe_every else None
+    probe = (
+        spec.probe(split.val, trained_on(store, split))
+        if spec.probe is not None and spec.settings.probe_every
+        else None
+    )
     return Prepared(folder, store, split, device, precision, finished, probe)
 
 

@@ -31,8 +31,21 @@ RECORDED_PACKAGES = ("nnssl_ext", "torch", "nnunetv2", "dynamic-network-architec
 
 ProbeOf = Callable[[Encoder], Mapping[str, float]]
 """From the encoder that is exported, in eval mode, to numbers to log; NaN where one cannot be told."""
-Probe = Callable[[Sequence[str]], ProbeOf]
-"""A probe for the held-out cases of a run; a ValueError, before the first step, where they do not do."""
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a run trains on, wherever else it lies."""
+
+    hashes: frozenset[str] = frozenset()
+    """Of the contents of its images."""
+    patients: frozenset[str] = frozenset()
+    """Its patients, as far as they are known."""
+
+
+Probe = Callable[[Sequence[str], TrainedOn], ProbeOf]
+"""A probe for a run that holds out these cases and trains on others; a ValueError, before the first step, where there
+are too few cases to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +174,13 @@ def validation_cases(cases: Sequence[str], num_crops: int, seed: int) -> tuple[s
 def content_hashes(store: Store, split: Split) -> list[str]:
     """Hashes of the raw voxels of every case that the run sees, validation included, sorted."""
     return sorted({code for case_id in (*split.train, *split.val) for code in store.entries[case_id].content_hashes})
+
+
+def trained_on(store: Store, split: Split) -> TrainedOn:
+    """Images and patients of the training cases; a patient of whom nothing is known has the name of the case."""
+    entries = [store.entries[case_id] for case_id in split.train]
+    hashes = frozenset(code for entry in entries for code in entry.content_hashes)
+    return TrainedOn(hashes, frozenset(entry.subject for entry in entries if entry.subject != entry.case_id))
 
 
 def identity(spec: RunSpec, world_size: int, precision: str) -> dict[str, Any]:

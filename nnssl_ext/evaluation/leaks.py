@@ -9,6 +9,7 @@ from typing import Any
 from nnssl_ext.core.executor import Executor
 from nnssl_ext.core.logs import track
 from nnssl_ext.core.records import read_json, write_json
+from nnssl_ext.dataset.integrity import image_hashes
 from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split
 
@@ -33,7 +34,7 @@ def content_hashes(
     kept: dict[str, dict[str, Any]] = read_json(cache) if cache.is_file() else {}
     missing = [case for case in cases if kept.get(case, {}).get("files") != stamps[case]]
     tasks = {case: (manifest.case(case).images,) for case in missing}
-    for result in track(executor.run(hash_images, tasks), len(tasks), "looking for leaks"):
+    for result in track(executor.run(image_hashes, tasks), len(tasks), "looking for leaks"):
         if result.error is not None:
             raise ValueError(f"case {result.key} cannot be read: {result.error}")
         kept[result.key] = {"files": stamps[result.key], "hashes": list(result.value)}
@@ -67,12 +68,3 @@ def refuse_copies(hashes: Mapping[str, Sequence[str]], splits: Mapping[int, Spli
 def _stamp(files: Sequence[Path]) -> list[list[Any]]:
     """Path, size and time of each file, as JSON keeps them."""
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def hash_images(files: Sequence[Path]) -> tuple[str, ...]:
-    """Content hash of each channel of one case."""
-    from nnssl_ext.dataset.integrity import content_hash
-    from nnssl_ext.imageio import read_image
-
-    data, _ = read_image(list(files))
-    return tuple(content_hash(channel) for channel in data)

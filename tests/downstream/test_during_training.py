@@ -8,12 +8,14 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from nnssl_ext.dataset.integrity import image_hashes
 from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.downstream.during_training import make_probe
 from nnssl_ext.downstream.frozen import random_frozen
 from nnssl_ext.downstream.labelled import read_labelled
 from nnssl_ext.engine.checkpoint import load_checkpoint
 from nnssl_ext.engine.loop import pretrain
+from nnssl_ext.engine.run import TrainedOn
 from tests.engine.conftest import make_spec, preprocessed  # noqa: F401 - fixtures
 from tests.finetuning.conftest import write_raw
 
@@ -27,8 +29,10 @@ def test_probes_come_every_other_epoch_and_at_the_end_and_change_nothing(make_sp
     seen = []
     plain, probed = make_spec(), make_spec(name="probed", probe_every=2)
 
-    def probe(held_out):
+    def probe(held_out, trained):
         seen.append(tuple(held_out))
+        assert trained.hashes == {f"{n:064x}" for n in range(6)} - {f"{int(case[-2:]):064x}" for case in held_out}
+        assert trained.patients == {f"patient_{int(code, 16)}" for code in trained.hashes}
         assert not probed.folder.exists()
         return run
 
@@ -61,7 +65,7 @@ def test_a_probe_gives_the_same_numbers_for_the_same_encoder(manifest, tiny_plan
     plan = tiny_plan()
     configuration = plan.configuration("3d_fullres")
     encoder = random_frozen(plan, configuration, 0).encoder
-    run = make_probe(manifest, plan, configuration, held_out_only=False)(())
+    run = make_probe(manifest, plan, configuration, held_out_only=False)((), TrainedOn())
     first, second = run(encoder), run(encoder)
     assert first == second
     assert set(first) == {"probe_dice", "probe_knn_dice"}
@@ -76,10 +80,10 @@ def test_only_held_out_cases_are_looked_at_where_the_run_trains_on_the_dataset(m
         "nnssl_ext.downstream.during_training.read_labelled", lambda manifest, ids, *_: read.extend(ids) or []
     )
     probe = make_probe(manifest, plan, configuration, held_out_only=True)
-    probe(("ball_1", "ball_4", "unlabelled"))(None)
+    probe(("ball_1", "ball_4", "unlabelled"), TrainedOn())(None)
     assert read == ["ball_1", "ball_4"]
     with pytest.raises(ValueError, match=r"1 of the held-out patients have labels.*val_fraction.*--probe_dataset"):
-        probe(("ball_1",))
+        probe(("ball_1",), TrainedOn())
 
 
 def test_no_patient_is_in_both_halves(manifest, tiny_plan, monkeypatch):
@@ -91,10 +95,27 @@ def test_no_patient_is_in_both_halves(manifest, tiny_plan, monkeypatch):
         "nnssl_ext.downstream.during_training.read_labelled", lambda manifest, ids, *_: read.extend(ids) or []
     )
     probe = make_probe(replace(manifest, cases=cases[:4]), plan, plan.configuration("3d_fullres"), held_out_only=False)
-    probe(())(None)
+    probe((), TrainedOn())(None)
     assert read == [cases[0].case_id, cases[3].case_id]
     with pytest.raises(ValueError, match="has labels of 1 patients"):
         make_probe(replace(manifest, cases=cases[:3]), plan, plan.configuration("3d_fullres"), held_out_only=False)
+
+
+def test_images_and_patients_trained_on_under_another_name_are_left_out(manifest, tiny_plan, monkeypatch, caplog):
+    """Catches cases told apart by folder or name alone, the other scans of a patient, and a test without cases."""
+    patients = ["set/a", "ball_1", "set/c", "set/d", "set/d", "ball_5"]
+    cases = tuple(replace(case, subject=patient) for case, patient in zip(manifest.cases, patients, strict=True))
+    plan, read = tiny_plan(), []
+    monkeypatch.setattr(
+        "nnssl_ext.downstream.during_training.read_labelled", lambda manifest, ids, *_: read.extend(ids) or []
+    )
+    probe = make_probe(replace(manifest, cases=cases), plan, plan.configuration("3d_fullres"), held_out_only=False)
+    hashes = frozenset(image_hashes(cases[4].images))
+    probe((), TrainedOn(hashes, frozenset({"set/c", "ball_9"})))(None)
+    assert read == ["ball_0", "ball_1", "ball_5"]
+    assert "leaves out 3 labelled cases" in caplog.text
+    with pytest.raises(ValueError, match=r"1 patients .* not trained on \(5 cases are left out\).*--probe_dataset"):
+        probe((), TrainedOn(hashes | {*image_hashes(cases[1].images)}, frozenset({"set/a", "set/c"})))
 
 
 def test_too_few_held_out_labels_are_refused_before_training(make_spec, manifest):  # noqa: F811
@@ -114,7 +135,7 @@ def test_a_half_without_foreground_tells_nothing(manifest, tiny_plan, monkeypatc
     cases = read_labelled(manifest, [case.case_id for case in manifest.cases], plan, configuration)
     cases[empty] = [replace(case, labels=case.labels.clamp(max=0)) for case in cases[empty]]
     monkeypatch.setattr("nnssl_ext.downstream.during_training.read_labelled", lambda *_: cases)
-    run = make_probe(manifest, plan, configuration, held_out_only=False)(())
+    run = make_probe(manifest, plan, configuration, held_out_only=False)((), TrainedOn())
     numbers = run(random_frozen(plan, configuration, 0).encoder)
     assert set(numbers) == {"probe_dice", "probe_knn_dice"}
     assert all(map(math.isnan, numbers.values()))
