@@ -12,7 +12,7 @@ same for all boxes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log, prod
 
 import torch
@@ -22,14 +22,22 @@ from torch.nn import functional
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
-from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
+from nnssl_ext.engine.task import (
+    TRAINERS,
+    VIT_RECIPE,
+    PretextTask,
+    PretrainTrainer,
+    StepOutput,
+    TaskInfo,
+    Views,
+)
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.backbone import build_encoder, descriptor, export_network
 from nnssl_ext.models.perceptron import PooledHead
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
-from nnssl_ext.views.cells import box_size, boxes_in_cells, grid_cells, resample_boxes
-from nnssl_ext.views.intensity import IntensityConfig, intensity_view
+from nnssl_ext.views.cells import BOX_INTENSITY, box_size, boxes_in_cells, changed_boxes, grid_cells
+from nnssl_ext.views.intensity import IntensityConfig
 from nnssl_ext.views.sham import of_another_case
 
 SLABS = 4
@@ -45,8 +53,8 @@ class CPCConfig:
     """Divides the cosines, above 0. Not published; a usual value."""
     width: int = 128
     """Of the codes and of the recurrent layers, 1 or more."""
-    intensity: IntensityConfig = field(default_factory=IntensityConfig)
-    """How the intensities of the crop change in training, before it is cut."""
+    intensity: IntensityConfig = BOX_INTENSITY
+    """How intensities change in training: brightness and contrast of each box on its own, the rest of the crop."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -92,13 +100,11 @@ class CPC(PretextTask):
             whose codes are predicted: its own.
         """
         data = batch.data.masked_fill(~batch.valid, 0)
-        if train:
-            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
-            data = intensity_view(data, batch.valid, random.child("intensity"), intensity)
+        intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes) if train else None
         boxes = boxes_in_cells(grid_cells(batch.valid, self.grid), random.child("cells"))
         return {
             "input": data,
-            "boxes": resample_boxes(data, batch.valid, boxes, self.size),
+            "boxes": changed_boxes(data, batch.valid, boxes, self.size, random.child("intensity"), intensity),
             "partner": torch.arange(len(data), device=data.device),
         }
 

@@ -14,7 +14,7 @@ same for all boxes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -31,8 +31,8 @@ from nnssl_ext.models.perceptron import PooledHead
 from nnssl_ext.models.permutations import distant_permutations
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
-from nnssl_ext.views.cells import box_size, boxes_in_cells, grid_cells, resample_boxes
-from nnssl_ext.views.intensity import IntensityConfig, intensity_view
+from nnssl_ext.views.cells import BOX_INTENSITY, box_size, boxes_in_cells, changed_boxes, grid_cells
+from nnssl_ext.views.intensity import IntensityConfig
 from nnssl_ext.views.sham import drawn_classes
 
 CELLS_PER_AXIS = 3
@@ -46,8 +46,8 @@ class JigsawConfig:
     """Orders to tell apart, 2 or more. Taleb et al. 2020."""
     hidden_width: int = 256
     """Of the head's hidden layer, 1 or more."""
-    intensity: IntensityConfig = field(default_factory=IntensityConfig)
-    """How the intensities of the crop change in training, before it is cut."""
+    intensity: IntensityConfig = BOX_INTENSITY
+    """How intensities change in training: brightness and contrast of each box on its own, the rest of the crop."""
 
     def __post_init__(self) -> None:
         for name, least in (("permutations", 2), ("hidden_width", 1)):
@@ -91,13 +91,12 @@ class Jigsaw(PretextTask):
             `input` (B, C, *crop); `boxes` (B * cells, C, *size), those of a crop in a row; `order` (B,), the class.
         """
         data = batch.data.masked_fill(~batch.valid, 0)
-        if train:
-            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
-            data = intensity_view(data, batch.valid, random.child("intensity"), intensity)
+        intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes) if train else None
         order = torch.from_numpy(random.integers("order", 0, len(self.permutations))).to(data.device)
         boxes = boxes_in_cells(grid_cells(batch.valid, self.grid), random.child("cells"))
         shown = boxes.of(self.permutations[order])
-        return {"input": data, "boxes": resample_boxes(data, batch.valid, shown, self.size), "order": order}
+        seen = changed_boxes(data, batch.valid, shown, self.size, random.child("intensity"), intensity)
+        return {"input": data, "boxes": seen, "order": order}
 
     def forward(self, views: Views) -> StepOutput:
         """The cross-entropy of the order, and how often it is told."""

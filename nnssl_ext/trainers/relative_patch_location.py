@@ -10,7 +10,7 @@ the head standardises features, since instance-normalised networks make them nea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -26,8 +26,8 @@ from nnssl_ext.models.backbone import build_encoder, descriptor, export_network
 from nnssl_ext.models.perceptron import PooledHead
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
-from nnssl_ext.views.cells import box_size, boxes_in_cells, grid_cells, resample_boxes
-from nnssl_ext.views.intensity import IntensityConfig, intensity_view
+from nnssl_ext.views.cells import BOX_INTENSITY, box_size, boxes_in_cells, changed_boxes, grid_cells
+from nnssl_ext.views.intensity import IntensityConfig
 from nnssl_ext.views.sham import drawn_classes
 
 CELLS_PER_AXIS = 3
@@ -41,8 +41,8 @@ class RelativePatchLocationConfig:
 
     hidden_width: int = 256
     """Of the head's hidden layer, 1 or more."""
-    intensity: IntensityConfig = field(default_factory=IntensityConfig)
-    """How the intensities of the crop change in training, before it is cut."""
+    intensity: IntensityConfig = BOX_INTENSITY
+    """How intensities change in training: brightness and contrast of each box on its own, the rest of the crop."""
 
     def __post_init__(self) -> None:
         if self.hidden_width < 1:
@@ -84,14 +84,13 @@ class RelativePatchLocation(PretextTask):
             (B,), the class: the other cell's number, the last axis fastest, the middle one not counted.
         """
         data = batch.data.masked_fill(~batch.valid, 0)
-        if train:
-            intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
-            data = intensity_view(data, batch.valid, random.child("intensity"), intensity)
+        intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes) if train else None
         place = torch.from_numpy(random.integers("place", 0, self.num_classes)).to(data.device)
         other = place + (place >= self.middle)
         shown = torch.stack([torch.full_like(other, self.middle), other], 1)
         boxes = boxes_in_cells(grid_cells(batch.valid, self.grid), random.child("cells")).of(shown)
-        return {"input": data, "boxes": resample_boxes(data, batch.valid, boxes, self.size), "place": place}
+        seen = changed_boxes(data, batch.valid, boxes, self.size, random.child("intensity"), intensity)
+        return {"input": data, "boxes": seen, "place": place}
 
     def forward(self, views: Views) -> StepOutput:
         """The cross-entropy of the place, and how often it is told."""

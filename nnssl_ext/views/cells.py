@@ -1,20 +1,29 @@
 """A crop as a grid of cells, and boxes in them, each resampled to a size that the network takes.
 
 Boxes of neighbouring cells keep a gap and lie at random places in their cells. Where they touched, or overlapped, the
-texture at their faces would tell which ones are neighbours, and nothing would have to be known of the anatomy.
+texture at their faces would tell which ones are neighbours, and nothing would have to be known of the anatomy. In
+training each box has a brightness and a contrast of its own as well, but where values are measured; validation shows
+images as they are.
+
+On noise smoothed by 2, 3 and 4 voxels the most alike faces name the right one of four neighbours in .30, .38 and .51 of
+160 crops in training and in .30, .40 and .54 in validation, but in .92 or more where cells touch. That is the limit:
+faces of very smooth images are alike at any gap, and faces that are standardised first, as by instance normalisation,
+tell as much in training as in validation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.views.intensity import IntensityConfig, intensity_view
 from nnssl_ext.views.transform import valid_box
 
 MIN_POSITIONS = 2
@@ -23,6 +32,11 @@ SHARE = 6 / 7
 """Largest edge of a box as a share of its cell's; 36 of 42 voxels (Taleb et al. 2020, arXiv:2006.03829)."""
 GAP = 2.0
 """Least number of voxels between boxes of neighbouring cells; in cells of few voxels less, see `boxes_in_cells`."""
+BOX_INTENSITY = IntensityConfig(
+    blur=0, low_resolution=0, brightness=1, brightness_range=(0.5, 1.5), contrast=1, contrast_range=(0.5, 1.5)
+)
+"""Of boxes of cells: brightness and contrast are drawn for every box, twice as far from 1 as usual, since rare or small
+changes leave faces as alike as they were; blur and low resolution are off, since they would mix voxels over the gap."""
 _TINY = 1e-4
 """Voxels between the first and the last real one where these are the same."""
 _MIN_WEIGHT = 1 - 1e-3
@@ -108,6 +122,74 @@ def resample_boxes(data: Tensor, valid: Tensor, boxes: Boxes, size: Sequence[int
     Returns:
         (B * n, C, *size), those of a crop in a row; 0 where what was interpolated is not all real.
     """
+    return _resample(data, valid, boxes, size)[0]
+
+
+def changed_boxes(
+    data: Tensor,
+    valid: Tensor,
+    boxes: Boxes,
+    size: Sequence[int],
+    random: SampleRandom,
+    config: IntensityConfig | None,
+) -> Tensor:
+    """The voxels of boxes with changed intensities: brightness and contrast of each box, all else of the whole crop.
+
+    Args:
+        data: (B, C, *crop).
+        valid: (B, 1, *crop), bool.
+        boxes: n in each crop.
+        size: Voxels per axis to resample to.
+        random: Keyed by sample.
+        config: What may happen; the probabilities of brightness and contrast are per box. None: nothing.
+
+    Returns:
+        As `resample_boxes`.
+    """
+    if config is None:
+        return resample_boxes(data, valid, boxes, size)
+    data = intensity_view(data, valid, random, replace(config, brightness=0, contrast=0))
+    sampled, real = _resample(data, valid, boxes, size)
+    each = (boxes.lower.shape[1], data.shape[1])
+    gain, stretch = (
+        torch.from_numpy(_factors(random.child(name), getattr(config, name), getattr(config, f"{name}_range"), each))
+        .to(sampled)
+        .view(len(sampled), -1, *[1] * len(size))
+        for name in ("brightness", "contrast")
+    )
+    return _brighten_and_stretch(sampled, real, gain, stretch)
+
+
+def _factors(
+    random: SampleRandom, probability: float, limits: tuple[float, float], shape: tuple[int, int]
+) -> np.ndarray:
+    """Factors of so many boxes and channels of each crop, (B, *shape), float32; 1 for boxes that are not drawn."""
+    drawn = random.bernoulli("apply", probability, (shape[0], 1))
+    return np.where(drawn, random.uniform("strength", *limits, shape), np.float32(1))
+
+
+def _brighten_and_stretch(boxes: Tensor, real: Tensor, gain: Tensor, stretch: Tensor) -> Tensor:
+    """Boxes stretched about their means within the range of values they had, and multiplied.
+
+    All at once, since there are many and small ones.
+
+    Args:
+        boxes: (N, C, *size), 0 where not real; their memory is used.
+        real: (N, 1, *size), bool.
+        gain: (N, C, 1...), what is multiplied by, above 0.
+        stretch: (N, C, 1...), above 0.
+    """
+    axes = tuple(range(2, boxes.dim()))
+    mean = boxes.sum(axes, keepdim=True) / real.sum(axes, keepdim=True).clamp(min=1)
+    values = boxes.sub_(mean).mul_(real)
+    low, high = (edge(axes, keepdim=True).mul_(gain) for edge in (values.amin, values.amax))
+    values.mul_(stretch * gain)
+    torch.minimum(torch.maximum(values, low, out=values), high, out=values)
+    return values.add_(mean * gain).mul_(real)
+
+
+def _resample(data: Tensor, valid: Tensor, boxes: Boxes, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """See `resample_boxes`; and where all that was interpolated is real, (B * n, 1, *size), bool."""
     dims, num_boxes, crop = len(size), boxes.lower.shape[1], data.shape[2:]
     places = []
     for axis, edge in enumerate(size):
@@ -121,7 +203,8 @@ def resample_boxes(data: Tensor, valid: Tensor, boxes: Boxes, size: Sequence[int
     both = torch.cat([data.masked_fill(~valid, 0), valid.to(data.dtype)], 1)
     sampled = functional.grid_sample(both, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     sampled = sampled.unflatten(2, (num_boxes, -1)).transpose(1, 2).flatten(0, 1)
-    return sampled[:, :-1].masked_fill(sampled[:, -1:] < _MIN_WEIGHT, 0)
+    real = sampled[:, -1:] >= _MIN_WEIGHT
+    return sampled[:, :-1].masked_fill(~real, 0), real
 
 
 def overlaps(boxes: Boxes, others: Boxes) -> Tensor:

@@ -1,13 +1,24 @@
 """Cells and boxes: where they lie, that they share no voxel, and that faces do not tell which ones are neighbours."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional
 
 from nnssl_ext.core.random import SampleRandom
-from nnssl_ext.views.cells import Boxes, box_size, boxes_in_cells, grid_cells, overlaps, resample_boxes
+from nnssl_ext.views.cells import (
+    BOX_INTENSITY,
+    Boxes,
+    box_size,
+    boxes_in_cells,
+    changed_boxes,
+    grid_cells,
+    overlaps,
+    resample_boxes,
+)
+from nnssl_ext.views.intensity import intensity_view
 
 RANDOM = SampleRandom(seed=0, step=0, samples=(3, 4))
 
@@ -65,6 +76,31 @@ def test_boxes_show_what_lies_there(shape):
         expected = boxes.lower[:, :, axis, None] + boxes.edges[:, :, axis, None] * steps - 0.5
         shown = sampled[:, :, axis].movedim(axis + 2, -1).flatten(2, -2)
         torch.testing.assert_close(shown, expected.unsqueeze(2).expand_as(shown), atol=1e-3, rtol=1e-4)
+
+
+def test_brightness_and_contrast_are_those_of_every_box():
+    """With factors that are known they are those of `intensity_view`, box by box, with padding and altered voxels.
+
+    Catches a mean or range of the whole crop or of padding, factors that boxes or channels share, and draws that depend
+    on the rest of the batch.
+    """
+    valid = everything(24, 21)
+    valid[1, :, :5] = valid[:, :, 10:12, 3:6] = False
+    data = torch.randn(2, 2, 24, 21, generator=torch.Generator().manual_seed(0)) + 1
+    boxes = boxes_in_cells(grid_cells(valid, (2, 3)), RANDOM)
+    each = replace(BOX_INTENSITY, noise=0, gamma=0, inverted_gamma=0)
+    fixed = replace(each, brightness_range=(0.8, 0.8), contrast_range=(1.4, 1.4))
+    plain, real = (resample_boxes(seen, valid, boxes, (8, 8)) for seen in (data, torch.ones_like(data)))
+    expected = intensity_view(plain, real[:, :1] > 0, replace(RANDOM, samples=tuple(range(12))), fixed)
+    torch.testing.assert_close(changed_boxes(data, valid, boxes, (8, 8), RANDOM, fixed), expected)
+    flat = changed_boxes(torch.ones_like(data), valid, boxes, (8, 8), RANDOM, each)
+    factors = flat.flatten(2).amax(2)
+    assert len(factors.unique()) == 2 * 6 * 2
+    assert 0.5 <= factors.min() < 0.75 < 1.25 < factors.max() <= 1.5
+    alone = changed_boxes(
+        data[1:], valid[1:], Boxes(boxes.lower[1:], boxes.edges[1:]), (8, 8), replace(RANDOM, samples=(4,)), each
+    )
+    torch.testing.assert_close(changed_boxes(data, valid, boxes, (8, 8), RANDOM, each)[6:], alone)
 
 
 def test_altered_voxels_are_seen_as_nothing():
