@@ -25,6 +25,7 @@ from nnssl_ext.engine.schedules import ScheduleConfig
 from nnssl_ext.engine.task import (
     TRAINERS,
     VIT_RECIPE,
+    Embeddings,
     PretextTask,
     PretrainTrainer,
     StepOutput,
@@ -76,6 +77,8 @@ class CPC(PretextTask):
         pooled=True,
     )
     config: CPCConfig
+    halves: torch.Tensor
+    """(2, cells / 2), int64: the cells as on a chequerboard, so that both halves lie alike in the crop."""
 
     def __init__(self, config: CPCConfig, configuration: Configuration, num_cases: int) -> None:
         """Builds the plan's encoder, and for every axis a recurrent layer and the linear maps.
@@ -89,6 +92,8 @@ class CPC(PretextTask):
         self.size = box_size(configuration.patch_size, self.grid, self.encoder.strides[-1])
         self.head = PooledHead(self.encoder.channels[-1], config.width, num_layers=1)
         self.readers = nn.ModuleList(nn.GRU(config.width, config.width, batch_first=True) for _ in self.grid)
+        colour = torch.cartesian_prod(*[torch.arange(SLABS)] * configuration.dims).sum(1) % 2
+        self.register_buffer("halves", colour.argsort(stable=True).view(2, -1), persistent=False)
         ahead = (SLABS - SEEN) * config.width
         self.predictors = nn.ModuleList(nn.Linear(config.width, ahead, bias=False) for _ in self.grid)
 
@@ -124,7 +129,9 @@ class CPC(PretextTask):
             "accuracy_chance": torch.full_like(loss.detach(), 1 / num_codes),
         }
         images = None if self.training else {"input": views["input"], "first": views["boxes"][:: prod(self.grid)]}
-        return StepOutput(loss=loss, metrics=metrics, images=images)
+        first, second = candidates.detach().unflatten(0, (-1, prod(self.grid)))[:, self.halves].mean(2).unbind(1)
+        embeddings = Embeddings(first=first, second=second)
+        return StepOutput(loss=loss, metrics=metrics, images=images, embeddings=embeddings)
 
     def _predict(self, codes: torch.Tensor, partner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions of all axes.

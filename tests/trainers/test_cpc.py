@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional
 
 from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.engine.alarms import HealthConfig
+from nnssl_ext.engine.health import Monitor
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.backbone import descriptor
 from nnssl_ext.trainers.cpc import CPC, CPCConfig, CPCTrainer
@@ -59,6 +61,23 @@ def test_the_loss_is_that_of_a_loop_over_columns(tiny_plan, patch_size):
     assert output.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
     assert output.metrics["accuracy"].item() == pytest.approx(sum(hits) / len(hits))
     assert output.metrics["contrast_chance"].item() == pytest.approx(math.log(2 * 4**dims), rel=1e-6)
+
+
+def test_the_monitor_of_collapse_is_shown_both_halves_of_a_crop(tiny_plan, patch_size):
+    """The codes of its cells as on a chequerboard. Catches halves of several crops, and halves that are the same."""
+    task, dims = make_task(tiny_plan(patch_size), width=8), len(patch_size)
+    views = task.views(make_batch(patch_size), RANDOM, train=False)
+    with torch.no_grad():
+        shown = task(views).embeddings
+        codes = functional.normalize(task.head.layers(descriptor(task.encoder(views["boxes"]))), dim=1)
+    places = torch.cartesian_prod(*[torch.arange(4)] * dims).tolist()
+    for colour, found in enumerate((shown.first, shown.second)):
+        for row, own in enumerate(codes.view(2, 4**dims, 8)):
+            chosen = [code for place, code in zip(places, own, strict=True) if sum(place) % 2 == colour]
+            torch.testing.assert_close(found[row], torch.stack(chosen).mean(0))
+    watching = Monitor(HealthConfig(), total=100)
+    watching.observe(("a", "b"), shown)
+    assert 0 < watching.measure()["between_share"] < 1
 
 
 def test_the_sham_asks_for_the_codes_of_the_other_crop(tiny_plan):
