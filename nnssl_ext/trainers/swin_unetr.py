@@ -6,8 +6,8 @@ voxels under the boxes. Encoder and decoder of a U-Net go to fine-tuning, of a t
 
 Paper: Tang et al. 2022 (arXiv:2111.14791), there on a Swin transformer. Other than there, only hidden voxels are asked
 for, since a U-Net's skips would copy the visible ones; views show as much as fits into the volume in every turn, and
-where it is so thin that padding would tell the turn all the same, the turn is not asked for; and crops of one case are
-no negatives of each other.
+where it is so thin that padding would tell the turn all the same, or the voxels of a case are stretched, the turn is
+not asked for; and crops of one case are no negatives of each other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.corruptions import cut_out
 from nnssl_ext.views.sham import drawn_classes, of_another_case
 from nnssl_ext.views.tokens import whole_only
-from nnssl_ext.views.turns import NUM_TURNS, only_shown, quarter_turned, turning_plane
+from nnssl_ext.views.turns import NUM_TURNS, are_square, only_shown, quarter_turned, turning_plane
 
 WARMUP_STEPS = 500
 """The paper's."""
@@ -120,12 +120,13 @@ class SwinUNETR(PretextTask):
         Returns:
             `target` (2B, C, *patch); `image`, likewise, 0 where cut out; `asked` and `valid` (2B, 1, *patch), bool:
             what is cut out, and what is real; `turns` (2B,), 0 to 3; `fair` (2B,), bool, False where padding
-            tells the turn; `case` (B,), a number for each case; `partner` (B,), which second view belongs to each first
-            one; for a transformer also `kept`, the tokens without padding, and of these alone `valid` and `asked`.
+            or the case's spacing tells the turn; `case` (B,), a number for each case; `partner` (B,), which second view
+            belongs to each first one; for a transformer also `kept`, the tokens without padding, and of these alone `valid` and `asked`.
         """
         first, second = (self._view(batch, random.child(name)) for name in ("first", "second"))
         views = {name: torch.cat([first[name], second[name]]) for name in first}
-        views["fair"] = only_shown(views["valid"], self.plane)
+        square = are_square(batch.spacing, [self.plane], self.config.max_anisotropy)[:, 0]
+        views["fair"] = only_shown(views["valid"], self.plane) & square.repeat(2)
         views["case"] = case_keys(batch.cases, batch.data.device)
         views["partner"] = torch.arange(len(batch.data), device=batch.data.device)
         if is_transformer(self.encoder):

@@ -119,12 +119,16 @@ def test_the_loss_is_the_sum_of_its_parts(tiny_plan, patch_size):
 def test_a_turn_that_padding_tells_is_not_asked_for(tiny_plan):
     """The second crop is one voxel thin: of its two views, padding tells the turn, and neither is learned from.
 
-    Catches a loss that rewards looking for padding, and an accuracy that counts such views.
+    Catches a loss that rewards looking for padding, or for voxels that are stretched in one case alone, and an accuracy
+    that counts such views.
     """
     task, batch = make_task(tiny_plan((16, 16)), weights=(1, 0, 0)).eval(), make_batch((16, 16))
     valid = torch.ones_like(batch.valid)
     valid[1, :, 1:] = False
-    views = task.views(replace(batch, data=torch.where(valid, batch.data, 0), valid=valid), RANDOM, train=False)
+    batch = replace(batch, data=torch.where(valid, batch.data, 0), valid=valid)
+    stretched = replace(batch, spacing=torch.tensor([[1.0, 1.0], [1.0, 1.0], [2.0, 1.0]]))
+    assert task.views(stretched, RANDOM, train=False)["fair"].tolist() == [True, False, False] * 2
+    views = task.views(batch, RANDOM, train=False)
     assert views["fair"].tolist() == [True, False, True] * 2
     logits = []
     task.turn_head.register_forward_hook(lambda module, args, output: logits.append(output) or output.retain_grad())
