@@ -121,7 +121,8 @@ class SwinUNETR(PretextTask):
             `target` (2B, C, *patch); `image`, likewise, 0 where cut out; `asked` and `valid` (2B, 1, *patch), bool:
             what is cut out, and what is real; `turns` (2B,), 0 to 3; `fair` (2B,), bool, False where padding
             or the case's spacing tells the turn; `case` (B,), a number for each case; `partner` (B,), which second view
-            belongs to each first one; for a transformer also `kept`, the tokens without padding, and of these alone `valid` and `asked`.
+            belongs to each first one; for a transformer also `kept`, the tokens without padding, and of these alone
+            `valid` and `asked`.
         """
         first, second = (self._view(batch, random.child(name)) for name in ("first", "second"))
         views = {name: torch.cat([first[name], second[name]]) for name in first}
