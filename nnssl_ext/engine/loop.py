@@ -122,6 +122,16 @@ def pretrain(spec: RunSpec, after_step: Callable[[], object] = lambda: None) -> 
             ) from error
 
 
+def _refuse_idle(metrics: Mapping[str, float]) -> None:
+    """Refuses to train with a loss that asks for nothing, and so is 0 whatever the network does."""
+    for name, share in metrics.items():
+        if name.endswith("asked_share") and share == 0:
+            raise ValueError(
+                f"{name} is 0: no voxel of the validation crops is asked for, as all hidden blocks vary by less than "
+                "target.background_std. Nothing can be learned: choose a smaller one, in the units of the images"
+            )
+
+
 def _judged(loss: float, best: float, validation: Validation) -> tuple[float, bool]:
     """The lowest loss so far, and whether this is it.
 
@@ -249,7 +259,10 @@ class _Run:
         return True
 
     def _validate(self, loader: PatchLoader) -> Validation | None:
-        return self.stepper.validate(loader.batches(0, self.trainer.val_steps_per_epoch), self._stopping)
+        validation = self.stepper.validate(loader.batches(0, self.trainer.val_steps_per_epoch), self._stopping)
+        if validation:
+            _refuse_idle(validation.metrics)
+        return validation
 
     def _stopping(self) -> bool:
         return any_rank(self.stop.requested, self.device)

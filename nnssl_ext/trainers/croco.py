@@ -201,6 +201,7 @@ class CroCo(PretextTask):
             "mse": loss.detach(),
             "mse_chance": guess_error(target, hidden, asked),
             "overlap": (views["shown"] & counted).sum() / counted.sum().clamp(min=1),
+            **self.config.target.metrics(hidden, asked, views["valid"]),
         }
         if self.training:
             return StepOutput(loss=loss, metrics=metrics)

@@ -116,6 +116,7 @@ class MAE(PretextTask):
             "mse": loss.detach(),
             "mse_chance": guess_error(target, hidden, asked),
             "hidden_share": hidden_share(hidden, views["valid"]),
+            **self.config.target.metrics(hidden, asked, views["valid"]),
         }
         images = None if self.training else {"input": image, "masked": masked, "output": output.detach()}
         if images and self.config.target.normalize:

@@ -164,6 +164,7 @@ class MultiMAE(PretextTask):
             "mse": loss.detach(),
             "mse_chance": guess_error(target, *counted),
             "visible_share": (kept >= 0).float().mean() * kept.shape[1] / (self.num_modalities * self.num_tokens),
+            **self.config.target.metrics(hidden, views["asked"], views["valid"]),
         }
         if self.training:
             return StepOutput(loss=loss, metrics=metrics)

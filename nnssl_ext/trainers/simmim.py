@@ -111,6 +111,7 @@ class SimMIM(PretextTask):
             "mse": masked_mse(output.detach(), target, hidden, asked),
             "mse_chance": guess_error(target, hidden, asked),
             "hidden_share": hidden_share(hidden, views["valid"]),
+            **self.config.target.metrics(hidden, asked, views["valid"]),
         }
         images = None if self.training else {"input": image, "masked": masked, "output": output.detach()}
         if images and self.config.target.normalize:

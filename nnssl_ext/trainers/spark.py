@@ -111,6 +111,7 @@ class Spark(PretextTask):
             "mse": loss.detach(),
             "mse_chance": guess_error(target, hidden, asked),
             "hidden_share": hidden_share(hidden, views["valid"]),
+            **self.config.target.metrics(hidden, asked, views["valid"]),
         }
         masked = image.masked_fill(hidden, 0)
         images = None if self.training else {"input": image, "masked": masked, "output": output.detach()}

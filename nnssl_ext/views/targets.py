@@ -25,11 +25,23 @@ class TargetConfig:
     background_std: float = 0.0
     """Blocks whose values vary by less than this in every channel count as background and are not asked for, 0 or more;
     in the units of preprocessed images, where a case has a standard deviation near 1. 0 asks for all; .05 leaves out
-    air in z-scored MR."""
+    air in z-scored MR. The metric `asked_share` says what is left; a run that asks for nothing is ended."""
 
     def __post_init__(self) -> None:
         if not self.background_std >= 0:
             raise ValueError(f"background_std={self.background_std} must be 0 or more.")
+
+    def metrics(self, hidden: Tensor, asked: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """`asked_share`, of a batch's hidden real voxels, where background is left out; see `StepOutput.metrics`.
+
+        Args:
+            hidden: (B, C or 1, *patch), bool.
+            asked: Likewise, as `restoration_target` gives it.
+            valid: (B, 1, *patch), bool.
+        """
+        if not self.background_std:
+            return {}
+        return {"asked_share": (hidden & asked).sum() / (hidden & valid).sum().clamp(min=1)}
 
 
 def restoration_target(image: Tensor, valid: Tensor, block: Sequence[int], config: TargetConfig) -> dict[str, Tensor]:

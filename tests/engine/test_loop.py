@@ -358,6 +358,12 @@ def test_one_case_is_refused(make_spec):
     assert not spec.folder.exists()
 
 
+def test_a_loss_that_asks_for_nothing_ends_the_run(make_spec):
+    """Catches a run whose loss and chance are both 0 to the end, without a word."""
+    with pytest.raises(ValueError, match=r"val_asked_share is 0: .* less than target\.background_std"):
+        pretrain(make_spec(["target.background_std=99"]))
+
+
 def test_one_patient_is_refused(make_spec):
     spec = make_spec()
     shrink_store(spec, 6, subject="the only one")

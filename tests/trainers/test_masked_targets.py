@@ -68,8 +68,11 @@ def test_background_is_seen_and_not_asked_for(method):
     assert torch.equal(asked_voxels(task, views), views["hidden"] & batch.valid & ~air)
     assert torch.equal(views["image"], batch.data)
     assert (~views["hidden"] & air).any()
+    asked = (views["hidden"] & batch.valid & ~air).sum() / (views["hidden"] & batch.valid).sum()
+    assert task(views).metrics["asked_share"] == asked
     default = build().views(batch, RANDOM, train=False)
     assert torch.equal(asked_voxels(build(), default), default["hidden"] & batch.valid)
+    assert "asked_share" not in build()(default).metrics
 
 
 def test_targets_are_in_units_of_their_block(method):
