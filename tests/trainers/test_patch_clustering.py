@@ -154,13 +154,22 @@ def test_prototypes_have_length_one_and_rest_at_the_start(tiny_plan):
     assert task.drift == pytest.approx((directions[4] - directions[3]).norm(dim=1).mean().item())
 
 
-def test_predictions_are_cosines(tiny_plan):
-    """Neither the length of prototypes nor of the projected tokens matters. Catches a student that is not normalised;
-    planted once."""
-    task = make_task(tiny_plan((24, 16))).eval()
+def test_predictions_are_cosines_over_the_temperature(tiny_plan):
+    """Against plain loops; and neither the length of prototypes nor of the projected tokens matters.
+
+    Catches a student that is not normalised, a loss without the temperature, and one that is not what is logged.
+    """
+    task = make_task(tiny_plan((24, 16)), temperature=0.2).eval()
     views = task.views(make_batch(noise()), RANDOM, train=False)
+    seen, assign = [], task.assign
+    task.assign = lambda scores, counted: seen.append((scores, assign(scores, counted))) or seen[-1][1]
     with torch.no_grad():
-        before = task(views).loss
+        output = task(views)
+        before, (scores, targets) = output.loss, seen[0]
+        assert before == output.metrics["swap"]
+        entropy = -(targets.flip(0) * (scores / 0.2).softmax(-1).log()).sum(-1).mean(0)
+        means = [each[counted].mean() for each, counted in zip(entropy, views["counted"], strict=True)]
+        torch.testing.assert_close(before, torch.stack(means).mean())
         task.head.weight *= 3
         task.head.layers[-1].weight *= 4
         torch.testing.assert_close(task(views).loss, before)
