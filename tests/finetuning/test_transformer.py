@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnssl_ext.core.executor import make_executor
@@ -17,7 +19,7 @@ from nnssl_ext.finetuning.nnunet_trainers import SSLFinetuneTrainer
 from nnssl_ext.models.primus import resample_positions
 from nnssl_ext.trainers.mae import MAETrainer
 
-from .conftest import DATASET
+from .conftest import DATASET, SHAPE
 
 PATCH = (16, 24, 8)
 SHORT = {"num_epochs": 1, "iterations_per_epoch": 3, "val_iterations_per_epoch": 1}
@@ -48,9 +50,15 @@ def ready(plan: FinetuningPlan) -> FinetuningPlan:
 
 
 @pytest.mark.parametrize("decoder", [None, "unetr", "mlp"])
-def test_the_stock_trainer_fine_tunes_it(
-    labelled_dataset: Path, pretrained: Path, monkeypatch: pytest.MonkeyPatch, decoder: str | None
+def test_the_stock_trainer_fine_tunes_it_and_the_stock_predictor_takes_it(
+    labelled_dataset: Path,
+    pretrained: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    roots: Path,
+    tmp_path: Path,
+    decoder: str | None,
 ) -> None:
+    """Catches a network that trains and cannot be built again from its folder, or gives a window no single output."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
@@ -65,6 +73,17 @@ def test_the_stock_trainer_fine_tunes_it(
     trainer.run_training()
     assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
     assert torch.isfinite(torch.tensor(trainer.logger.get_value("train_losses", step=-1)))
+
+    predictor = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(trainer.output_folder_base, (0,))
+    images = [str(roots / "raw" / DATASET / "imagesTr" / "ball_0_0000.nii.gz")]  # four windows long
+    predictor.predict_from_files_sequential([images], [str(tmp_path / "out")], save_probabilities=False)
+    predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out.nii.gz")))
+    assert predicted.shape == SHAPE
+    trainer.set_deep_supervision_enabled(False)
+    window = torch.randn(1, 1, *PATCH)
+    with torch.no_grad():
+        torch.testing.assert_close(predictor.network.eval()(window), trainer.network.eval()(window))
 
 
 @pytest.mark.parametrize(
