@@ -17,6 +17,7 @@ from nnssl_ext.evaluation.comparison_tasks import Job, Machine, arm_pattern, ran
 from nnssl_ext.evaluation.provenance import versions
 from nnssl_ext.evaluation.records import Evaluation
 from nnssl_ext.evaluation.statistics import Array
+from nnssl_ext.evaluation.verdict import listed
 
 
 def conclude(
@@ -161,7 +162,7 @@ def _not_learned(methods: Sequence[MethodResult]) -> list[str]:
     if not failed:
         return []
     return [
-        f"No better than chance at their own task on held-out cases: {comparison_verdict.listed(failed)}. What such "
+        f"No better than chance at their own task on held-out cases: {listed(failed)}. What such "
         "weights add is not what the method is meant to teach."
     ]
 

@@ -14,7 +14,7 @@ from nnssl_ext.evaluation.analysis import BOOTSTRAP_SEED, tabulate
 from nnssl_ext.evaluation.comparison_records import Pair, RankedArm, Ranking
 from nnssl_ext.evaluation.records import MEAN_CLASS, CaseScores, Comparison, NumTrain
 from nnssl_ext.evaluation.statistics import Array
-from nnssl_ext.evaluation.verdict import HEADLINE_METRIC, SIGNIFICANCE, size_text
+from nnssl_ext.evaluation.verdict import HEADLINE_METRIC, SIGNIFICANCE, listed, size_text
 
 CONDITIONS = (
     "Intervals and probabilities of ranks resample seeds (each a pretraining and its fine-tunings) and cases, the same "
@@ -196,11 +196,6 @@ def certainty(rankings: Sequence[Ranking], num_seeds: int) -> str:
 def _span(values: Sequence[float]) -> str:
     ends = f"{min(values):.3f}", f"{max(values):.3f}"
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}, by pair,"
-
-
-def listed(labels: Sequence[str], word: str = "and") -> str:
-    """`A`, `A and B`, `A, B and C`."""
-    return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} {word} {labels[-1]}"
 
 
 def share_text(share: float) -> str:

@@ -9,7 +9,7 @@ still rising), a gain is not called one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nnssl_ext.evaluation import statistics
 from nnssl_ext.evaluation.convergence import NEAR_ZERO_DICE
@@ -195,6 +195,11 @@ def size_text(num_train: NumTrain) -> str:
     return f"{num_train} training case{'' if num_train == 1 else 's'}"
 
 
+def listed(labels: Sequence[str], word: str = "and") -> str:
+    """`A`, `A and B`, `A, B and C`."""
+    return labels[0] if len(labels) == 1 else f"{', '.join(labels[:-1])} {word} {labels[-1]}"
+
+
 def _interval_text(row: Comparison) -> str:
     return f" (95% interval {row.interval.low:+.3f} to {row.interval.high:+.3f})" if row.interval else ""
 
@@ -207,7 +212,7 @@ def _p_text(p: float | None) -> str:
 
 def warnings_about(evaluation: Evaluation, num_planned_folds: int) -> list[str]:
     """What a reader has to know before believing the numbers."""
-    warnings = [_convergence_warning(evaluation.arm(row.arm), row) for row in evaluation.convergence]
+    warnings = convergence_warnings(evaluation.convergence, {arm.name: arm.label for arm in evaluation.arms})
     reference = evaluation.reference
     for size in evaluation.num_train:
         row = evaluation.summary(reference.name, size, HEADLINE_METRIC)
@@ -221,17 +226,27 @@ def warnings_about(evaluation: Evaluation, num_planned_folds: int) -> list[str]:
             f"Only {len(evaluation.folds)} of {num_planned_folds} folds were evaluated; the result stands on part "
             "of the cases."
         )
-    return [text for text in warnings if text]
+    return warnings
 
 
-def _convergence_warning(arm: Arm, row: Convergence) -> str:
-    name, size, trend = arm.label, size_text(row.num_train), row.trend
+def convergence_warnings(rows: Sequence[Convergence], labels: Mapping[str, str]) -> list[str]:
+    """Which arms had not finished learning, by label; one sentence for all of which the same can be said."""
+    alike: dict[tuple[NumTrain, str, str, int], list[Convergence]] = {}
+    for row in rows:
+        if row.trend.state != "settled":
+            alike.setdefault((row.num_train, row.trend.state, row.trend.curve, row.trend.epochs), []).append(row)
+    return [_convergence_warning(found, listed([labels[row.arm] for row in found])) for found in alike.values()]
+
+
+def _convergence_warning(rows: Sequence[Convergence], names: str) -> str:
+    size, trend = size_text(rows[0].num_train), rows[0].trend
     if trend.state == "unknown":
-        return f"Whether {arm.label} had converged with {size} cannot be told: too few epochs were recorded."
-    if trend.state == "settled" or trend.gain is None:
-        return ""
+        return f"Whether {names} had converged with {size} cannot be told: too few epochs were recorded."
+    gains = sorted(row.trend.gain or 0.0 for row in rows)
+    gained = f"{gains[0]:.3f}" if len(rows) == 1 else f"{gains[0]:.3f} to {gains[-1]:.3f}"
     what = "Dice rose" if trend.curve == "dice" else "loss fell"
+    was, over, them = ("was", "its", "it") if len(rows) == 1 else ("were", "their", "them")
     return (
-        f"{name} was still rising with {size}: over its last {trend.epochs} epochs the validation {what} by "
-        f"{trend.gain:.3f}. Train longer before believing differences to it."
+        f"{names} {was} still rising with {size}: over {over} last {trend.epochs} epochs the validation "
+        f"{what} by {gained}. Train longer before believing differences to {them}."
     )

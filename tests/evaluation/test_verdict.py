@@ -5,7 +5,7 @@ import pytest
 from nnssl_ext.evaluation.convergence import Trend
 from nnssl_ext.evaluation.records import Arm, Comparison, Convergence, Summary
 from nnssl_ext.evaluation.statistics import Interval
-from nnssl_ext.evaluation.verdict import certainty, decide
+from nnssl_ext.evaluation.verdict import certainty, convergence_warnings, decide
 
 SCRATCH = Arm(name="s", role="reference", trainer="T", pretrained=False, label="scratch")
 MAE = Arm(name="m", role="arm", trainer="T", pretrained=True, label="mae")
@@ -100,6 +100,21 @@ def test_a_gain_over_a_baseline_that_was_still_rising_is_not_called_one() -> Non
     assert found.outcome == "unfair"
     assert "the baseline had not finished learning" in found.headline
     assert "scratch was still rising when it stopped" in found.sizes[0].sentence
+
+
+def test_arms_that_had_not_finished_share_a_sentence() -> None:
+    def row(arm: str, state: str, gain: float | None = None, size: int = 5) -> Convergence:
+        return Convergence(arm=arm, num_train=size, trend=Trend(state, "dice", gain, 5.0, 10), num_runs=1)
+
+    rows = [row("s", "rising", 0.4), row("m", "rising", 0.2), row("x", "settled", 0.0)]
+    rows += [row("m", "rising", 0.1, 20), row("s", "unknown", size=20)]
+    assert convergence_warnings(rows, {"s": "scratch", "m": "mae", "x": "dino"}) == [
+        "scratch and mae were still rising with 5 training cases: over their last 10 epochs the validation Dice rose "
+        "by 0.200 to 0.400. Train longer before believing differences to them.",
+        "mae was still rising with 20 training cases: over its last 10 epochs the validation Dice rose by 0.100. Train "
+        "longer before believing differences to it.",
+        "Whether scratch had converged with 20 training cases cannot be told: too few epochs were recorded.",
+    ]
 
 
 def test_a_gain_over_nothing_is_not_called_one() -> None:
