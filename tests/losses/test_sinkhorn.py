@@ -30,13 +30,13 @@ def slow(values: torch.Tensor, temperature: float, iterations: int) -> torch.Ten
 @pytest.mark.parametrize(("num", "prototypes"), [(6, 4), (3, 7), (1, 5)])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_it_is_the_slow_version(num, prototypes, iterations):
-    """Fails if samples and prototypes are mixed up: there are as many of one as of the other nowhere."""
+    """Catches a result that is reshaped and not transposed: nowhere are there as many samples as prototypes."""
     values = scores(num, prototypes)
     assert torch.allclose(sinkhorn(values, 0.5, iterations), slow(values, 0.5, iterations), atol=1e-6)
 
 
 def test_a_planted_assignment_is_found_although_one_prototype_attracts_all():
-    """Fails without balance (argmax gives one prototype) and if the result is scrambled on its way out."""
+    """Catches no balance (argmax gives one prototype), and a result that is scrambled on its way out."""
     planted = torch.arange(12) % 4
     values = 0.3 * torch.nn.functional.one_hot(planted, 4) + torch.tensor([0.0, 0.0, 0.0, 1.0])
     assert (values.argmax(1) == 3).all()
@@ -71,7 +71,7 @@ def _rank(rank: int, parts: list[torch.Tensor], folder: str) -> None:
 
 
 def test_two_processes_with_unequal_shares_give_what_one_gives(tmp_path: Path):
-    """Fails if columns are normalised on each rank alone, or divided by one rank's number of samples."""
+    """Catches columns that are summed on each rank alone, or over shifts by a largest score of its own."""
     values = scores(7)
     parts = list(values.split([3, 4]))
     multiprocessing.spawn(_rank, (parts, str(tmp_path)), nprocs=2)

@@ -70,8 +70,8 @@ def test_a_sample_is_two_cases_one_after_the_other(tiny_plan, patch_size):
 def test_the_truth_leads_from_the_fixed_view_to_the_moving_one(tiny_plan, patch_size, train):
     """Voxels hold their coordinates, so under the truth the moving view must show the fixed one's.
 
-    Catches the inverse displacement, one without the deformation, moving views that are not taken into account, and
-    places that the moving view does not show. One that is the identity shows other coordinates.
+    Catches the inverse displacement, half of it, one without the deformation, moving views that are not taken into
+    account, and places that the moving view does not show. One that is the identity shows other coordinates.
     """
     crop = CROPS[patch_size]
     places = torch.stack(torch.meshgrid(*(torch.arange(float(edge)) for edge in crop), indexing="ij"))
@@ -90,8 +90,8 @@ def test_the_truth_leads_from_the_fixed_view_to_the_moving_one(tiny_plan, patch_
 def test_the_head_recovers_a_known_affine_map(dims):
     """Its own affine layers, trained on one pair of made images alone to make them alike, find the map between them.
 
-    Catches an affine matrix that is rebuilt from numbers and has no gradient, maps that are inverted or transposed,
-    and a head that leaves the map to the flow.
+    Catches an affine matrix that is rebuilt from numbers and has no gradient, maps that are inverted, transposed or
+    halved, and a head that leaves the map to the flow.
     """
     shape = (20, 24, 16)[:dims] if dims == 3 else (32, 28)
     truth = torch.zeros(1, dims + 1, dims)
