@@ -31,6 +31,10 @@ _LABELS = 1.5
 """Height of titles and axes of a figure of rows, in inches."""
 _HALF = (PAGE_WIDTH - 0.3) / 2
 """Width of two pictures side by side."""
+_SIDE = 1.7
+"""Room for labels on each side of a scale of ranks, in inches."""
+_TICK = 0.28
+"""Width of a rank on it, in inches, where the page has room."""
 _PROBE_KINDS = (("method", ARM_COLOURS[0], "o"), ("its sham run", ARM_COLOURS[1], "s"), ("untrained", MUTED, "D"))
 _DARK = 0.55
 """Share above which a cell's text is white."""
@@ -77,14 +81,16 @@ def critical_difference(ranking: Ranking, test: RankTest, title: str) -> Picture
     order = sorted(range(len(labels)), key=lambda index: ranks[index])
     half = (len(labels) + 1) // 2
     depth = 0.5 + 0.26 * len(test.groups)
-    with drawing(_HALF, 1.25 + _ROW * (half + 0.8 * len(test.groups))) as figure:
+    width = min(PAGE_WIDTH, max(_HALF, 2 * _SIDE + _TICK * len(labels)))
+    room = _SIDE * max(len(labels) - 1, 1) / (width - 2 * _SIDE)  # of the labels beside the scale, in ranks
+    with drawing(width, 1.25 + _ROW * (half + 0.8 * len(test.groups))) as figure:
         axes = figure.add_subplot()
         last = len(labels)
         axes.plot([1, last], [0, 0], color=INK, lw=1.2)
         for tick in range(1, last + 1):
             axes.plot([tick, tick], [0, 0.12], color=INK, lw=1)
             axes.text(tick, 0.2, str(tick), ha="center", va="bottom")
-        margin = 0.06 * max(last - 1, 1)
+        margin = 0.11 * room
         for place, index in enumerate(order):
             left = place < half
             height = -depth - 0.6 * (place if left else last - 1 - place)
@@ -108,7 +114,7 @@ def critical_difference(ranking: Ranking, test: RankTest, title: str) -> Picture
         )
         axes.set_title(title, pad=10)
         axes.set_axis_off()
-        axes.set_xlim(1 - 0.55 * last, last + 0.55 * last)
+        axes.set_xlim(1 - room, last + room)
         axes.set_ylim(-depth - 0.6 * half, 2.0)
         return encode(figure)
 
