@@ -36,13 +36,16 @@ class HealthConfig:
     """Least mutual information of targets and cases, in nats."""
     information_share: float = 0.02
     """Least mutual information as a share of ln min(prototypes, cases)."""
-    rank_warn: float = 0.3
-    """Least effective rank as a share of the untrained network's. Learning four kinds of texture took it to .4."""
-    rank_fail: float = 0.2
-    """The same, where the run goes back; also for the variance between cases."""
+    rank_warn: float = 0.1
+    """Least effective rank as a share of the untrained network's. Learning four kinds of texture took it to .15, and to
+    .08 at ten times the rate."""
+    rank_fail: float = 0.07
+    """The same, where the run goes back."""
     between: float = 0.5
-    """Least share of variance between cases, as a multiple of the untrained network's. In its first steps a run of
-    self-distillation on synthetic volumes fell to .8 of it."""
+    """Least share of variance between cases, as a multiple of the untrained network's. Learning textures raised it, or
+    left it at .9 (`VoCoTrainer`)."""
+    between_fail: float = 0.2
+    """The same, where the run goes back."""
     token_spread: float = 0.25
     """Least spread of a volume's tokens as a share of that after the warm-up."""
     min_cases_to_stop: int = 16
@@ -76,6 +79,8 @@ class Alarm:
     """Knobs to ask the task for."""
     slower: bool = False
     """Whether the learning rate is halved."""
+    warning: bool = False
+    """Whether it is a first sign, by which a run is not yet ill."""
     roll_back: bool = False
     """Whether the run goes back to an earlier state. Where no knob turns there, the learning rate is halved."""
 
@@ -88,7 +93,7 @@ def judge(
     patience: int,
     config: HealthConfig,
 ) -> list[Alarm]:
-    """What is alarming, the gravest first: what sends the run back, then what slows it down; targets before the rest.
+    """What is alarming, the gravest first: what sends the run back, what slows it down, the rest, and then warnings.
 
     Args:
         now: The statistics after the warm-up.
@@ -100,9 +105,9 @@ def judge(
     """
     if "not_finite" in now:
         return [_broken(now["not_finite"])]
-    alarms = [*_targets(now, flat_steps, patience, config), *_ranks(now, untrained, config)]
-    alarms += _spreads(now, untrained, settled, config)
-    return sorted(alarms, key=lambda alarm: (not alarm.roll_back, not alarm.slower))
+    alarms = [*_ranks(now, untrained, config), *_spreads(now, untrained, settled, config)]
+    alarms += _targets(now, flat_steps, patience, config)
+    return sorted(alarms, key=lambda alarm: (not alarm.roll_back, not alarm.slower, alarm.warning))
 
 
 def _broken(number: float) -> Alarm:
@@ -126,6 +131,7 @@ def _ranks(now: Mapping[str, float], untrained: Mapping[str, float], config: Hea
                     diagnosis=words,
                     responses=("spread",),
                     slower=grave,
+                    warning=not grave,
                     roll_back=grave,
                 )
             ]
@@ -138,7 +144,7 @@ def _spreads(
     alarms = []
     value, before = now["between_share"], untrained.get("between_share", 0.0)
     if value < config.between * before:
-        grave = value < config.rank_fail * before
+        grave = value < config.between_fail * before
         words = f"cases differ less, beside their views, than untrained: {value:.3f}, untrained {before:.3f}"
         alarms.append(
             Alarm(
@@ -148,6 +154,7 @@ def _spreads(
                 diagnosis=words,
                 responses=("spread",),
                 slower=grave,
+                warning=not grave,
                 roll_back=grave,
             )
         )
@@ -190,5 +197,6 @@ def _targets(now: Mapping[str, float], flat_steps: int, patience: int, config: H
             diagnosis=words,
             responses=(response,),
             slower=not high,
+            roll_back=not high,
         )
     ]

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class Guard:
     ) -> bool:
         """Measures the untrained network, if its task shows embeddings, and keeps it to go back to.
 
+        It is measured with running moments and centres of its own: an embedding without them is another one.
+
         Args:
             batches: Those of training, from one step up to another.
             num_cases: Cases trained on.
@@ -97,27 +100,30 @@ class Guard:
         Returns:
             False where it was stopped.
         """
-        wanted = min(self.monitor.config.queue, num_cases)
-        num_rows = sum(map(self._see, batches(0, 1)))
-        if not self.monitor.queue.rows:
+        shown = [(len(batch.cases), self.stepper.show(batch)) for batch in batches(0, 1)]
+        if any(each is None for _, each in shown):
             return True
+        wanted = min(self.monitor.config.queue, num_cases)
+        end = -(-wanted // (sum(rows for rows, _ in shown) * self.stepper.world.size))
         logger.info("Looking at the untrained network: up to %d training cases, then the validation crops.", wanted)
-        for batch in batches(1, -(-wanted // (num_rows * self.stepper.world.size))):
-            if stop():
-                return False
-            self._see(batch)
-        validation = validate()
+
+        def until_stopped() -> Iterator[Batch]:
+            return takewhile(lambda _: not stop(), batches(0, end))
+
+        with self.stepper.filled(until_stopped()):
+            for batch in until_stopped():
+                self._see(batch)
+            validation = None if stop() else validate()
         if validation is None:
             return False
         self.monitor.begin(Retrieval.of(validation.queue))
         self._keep(0, resume)
         return True
 
-    def _see(self, batch: Batch) -> int:
+    def _see(self, batch: Batch) -> None:
         shown = self.stepper.show(batch)
         if shown is not None:
             self.monitor.observe(batch.cases, shown)
-        return len(batch.cases)
 
     def after_step(self, step: int, resume: Callable[[], dict[str, Any]]) -> None:
         """Looks, answers, and keeps states that gave no alarm.
@@ -264,11 +270,11 @@ class Guard:
         return diagnosis
 
     def end(self, step: int) -> None:
-        """Says so where an alarm sounds after the last step, and nothing was left to try."""
+        """Says so where an alarm, more than a warning, sounds after the last step, and nothing was left to try."""
         if not self.monitor.queue.rows or not self.monitor.config.act or self.monitor.may_intervene:
             return
         alarms = self.monitor.look(step)
-        if alarms:
+        if not all(alarm.warning for alarm in alarms):
             words = _diagnosis(alarms)
             self._write({"step": step, "event": "gave up", "diagnosis": words})
             logger.warning("The run ends ill, after %d interventions: %s.", len(self.monitor.history), words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from nnssl_ext.engine.optim import (
 from nnssl_ext.engine.schedules import schedule_factor
 from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput, Views
 from nnssl_ext.loading.batch import Batch
+from nnssl_ext.models.centre import Centre
 
 logger = logging.getLogger(__name__)
 
@@ -254,6 +255,29 @@ class Stepper:
         views = self._views(batch, SampleRandom(self.seed, 0, batch.samples).child("health"), train=True)
         with autocast(self.precision, self.device):
             return self.plain(views).embeddings
+
+    @contextmanager
+    def filled(self, batches: Iterable[Batch]) -> Iterator[None]:
+        """Within it, running moments and centres are those of these batches, as the task is now; then all is as it was.
+
+        An untrained network has none, and what it shows without them says nothing of what it shows from step 2 on.
+        """
+        before = {name: buffer.clone() for name, buffer in self.task.named_buffers()}
+        with torch.no_grad():
+            for batch in batches:
+                self.task.train()
+                self._reseed("health", 0)
+                views = self._views(batch, SampleRandom(self.seed, 0, batch.samples).child("moments"), train=True)
+                with autocast(self.precision, self.device):
+                    self.task(views)
+            for module in self.task.modules():
+                if isinstance(module, Centre):
+                    module.update(0.0)
+            try:
+                yield
+            finally:
+                for name, buffer in self.task.named_buffers():
+                    buffer.copy_(before[name])
 
     def _average(self, outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
         names = sorted(outputs[0])

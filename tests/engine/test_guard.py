@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from nnssl_ext.engine.steps import DivergedError, Stepper
 from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput, TaskInfo
 from nnssl_ext.engine.tracking import Tracker
 from nnssl_ext.models.backbone import build_encoder, export_network
+from nnssl_ext.models.standardise import Standardise
 from nnssl_ext.planners.rules import StepCost
 
 WIDTH = 6
@@ -43,7 +45,7 @@ class PairConfig:
 
 
 class Pair(PretextTask):
-    """Pulls a crop and its mirror image together, with a knob that counts how often it was turned."""
+    """Pulls a crop and its mirror image together, by standardised features; a knob counts how often it was turned."""
 
     Config = PairConfig
     info = TaskInfo(idea="a pair", paper="none", encoders={"cnn"})
@@ -51,6 +53,7 @@ class Pair(PretextTask):
     def __init__(self, config, configuration, num_cases):
         super().__init__(config, configuration, num_cases)
         self.encoder = build_encoder(configuration)
+        self.standard = Standardise(self.encoder.channels[-1])
         self.project = nn.Linear(self.encoder.channels[-1], WIDTH)
         self.register_buffer("turned", torch.zeros(()))
         self.register_buffer("taken", torch.zeros(()))
@@ -59,7 +62,10 @@ class Pair(PretextTask):
         return {"image": batch.data}
 
     def forward(self, views):
-        first, second = (self.project(self.encoder.pooled(x)) for x in (views["image"], views["image"].flip(2)))
+        pooled = [self.encoder.pooled(x) for x in (views["image"], views["image"].flip(2))]
+        if self.training:
+            self.standard.collect(torch.stack(pooled))
+        first, second = (self.project(self.standard(each)) for each in pooled)
         if self.training and int(self.taken) in self.config.poisoned:
             first = first * torch.nan
         loss = (first - second).square().mean()
@@ -68,6 +74,7 @@ class Pair(PretextTask):
 
     def after_step(self, step, total):
         self.taken.fill_(step + 1)
+        self.standard.update()
 
     def respond(self, response):
         self.turned += 1
@@ -127,13 +134,23 @@ def test_a_watched_run_logs_its_health_and_leaves_no_states(spec, monkeypatch):
 
 
 def test_being_watched_changes_no_number(spec, make_spec, monkeypatch):
-    """The look at the untrained network must not move weights, statistics or random numbers."""
+    """Catches a look at the untrained network that moves weights, moments or random numbers, or has no moments."""
     alarm_at(monkeypatch)
+    filled = []
+    original = Stepper.validate
+
+    def validate(stepper, *arguments):
+        filled.append(float(stepper.task.standard.moments.weight))
+        return original(stepper, *arguments)
+
+    monkeypatch.setattr(Stepper, "validate", validate)
     pretrain(spec)
     monkeypatch.setattr(Guard, "begin", lambda *_: True)
     unseen = replace(spec, folder=spec.folder.with_name("unseen"))
     pretrain(unseen)
     assert all(map(torch.equal, weights(spec.folder).values(), weights(unseen.folder).values()))
+    assert filled[0] == 1  # of the untrained network
+    assert filled[1:4] == filled[4:]
 
 
 @pytest.mark.parametrize(("ranks", "last"), [(1, 5), (2, 3), (8, 1)])
@@ -141,7 +158,7 @@ def test_ranks_share_the_look_at_the_untrained_network_and_stop_when_asked(tmp_p
     """Ten cases, two a batch: faults are that every rank looks at all of them, and that a signal is not heard."""
     trainer = PairTrainer.configured([])
     shown = Embeddings(first=torch.ones(2, 3), second=torch.ones(2, 3))
-    stepper = SimpleNamespace(trainer=trainer, world=World(size=ranks), show=lambda batch: shown)
+    stepper = SimpleNamespace(trainer=trainer, world=World(size=ranks), show=lambda batch: shown, filled=nullcontext)
     asked, validated = [], []
 
     def batches(first: int, end: int):
@@ -153,8 +170,8 @@ def test_ranks_share_the_look_at_the_untrained_network_and_stop_when_asked(tmp_p
             guard = Guard(stepper, tmp_path, tmp_path / "none", main=True)
             begun = guard.begin(batches, 10, lambda: validated.append("yes"), lambda stop=stop: stop, dict)
             assert not begun
-    assert asked == [(0, 1), (1, last)] * 2
-    assert len(validated) == (1 if last > 1 else 2)
+    assert asked == [(0, 1), (0, last), (0, last)] * 2
+    assert validated == ["yes"]
     assert "Looking at the untrained network: up to 10 training cases" in caplog.text
 
 
@@ -193,7 +210,7 @@ WELL |= {"mutual_information": 2.0, "mutual_information_share": 0.5}
 @pytest.mark.parametrize(
     ("now", "knob", "statistic", "back", "factor"),
     [
-        ({"rank": 0.14, "mutual_information": 0.05, "target_entropy": 0.1}, "spread", "mutual_information", 7, 0.5),
+        ({"rank": 0.04, "mutual_information": 0.05, "target_entropy": 0.1}, "spread", "mutual_information", 6, 0.5),
         ({"between_share": 0.24, "mutual_information": 0.05}, "spread", "between_share", 7, 1.0),
         ({"between_share": 0.24, "token_spread": 0.1}, None, "token_spread", 6, 0.5),
     ],

@@ -198,14 +198,14 @@ UNTRAINED = {**HEALTHY, "between_share": 0.2, "mutual_information": 0.01, "mutua
         ({}, 0, None, (), False, False),
         ({}, 100, "target_entropy", ("sharpen",), False, False),
         ({"mutual_information": 0.05, "target_entropy": 0.9}, 0, "mutual_information", ("sharpen",), False, False),
-        ({"mutual_information": 0.05, "target_entropy": 0.1}, 0, "mutual_information", ("soften",), True, False),
+        ({"mutual_information": 0.05, "target_entropy": 0.1}, 0, "mutual_information", ("soften",), True, True),
         ({"mutual_information_share": 0.01}, 0, "mutual_information", ("sharpen",), False, False),
-        ({"rank": 0.14}, 0, "rank", ("spread",), False, False),
-        ({"rank": 0.09}, 0, "rank", ("spread",), True, True),
+        ({"rank": 0.049}, 0, "rank", ("spread",), False, False),
+        ({"rank": 0.034}, 0, "rank", ("spread",), True, True),
         ({"between_share": 0.09}, 0, "between_share", ("spread",), False, False),
         ({"between_share": 0.03}, 0, "between_share", ("spread",), True, True),
         ({"token_spread": 0.14}, 0, "token_spread", ("anchor",), False, True),
-        ({"not_finite": 1.0, "rank": 0.09}, 0, "not_finite", (), True, True),
+        ({"not_finite": 1.0, "rank": 0.024}, 0, "not_finite", (), True, True),
     ],
 )
 def test_every_sickness_sounds_its_own_alarm(changes, flat_steps, name, responses, slower, back):
