@@ -179,13 +179,16 @@ def pair_rows(ranking: Ranking) -> list[tuple[str, ...]]:
 
 
 def markdown(comparison: MethodComparison, evaluation: Evaluation) -> str:
-    """The table and what can be said, for documents."""
+    """The table and what can be said, for documents; sham runs that were only probed stand in their methods' rows."""
     head = ["method", "network", "steps", "s a step", "pretext on held-out cases", "gate", "probe", "over untrained"]
     head += ["over sham", "verdict"]
     for size in comparison.num_train:
         head += [f"Dice, {size} cases", "over scratch", "outcome"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    shown = {row.label for row in comparison.methods if row.arm or not row.sham}
     for row in rows(comparison, evaluation):
+        if row.label not in shown:
+            continue
         cells = [row.label, row.network, row.steps, row.cost, row.pretext, row.gate, row.probe]
         cells += [row.over_random, row.over_sham, row.verdict]
         for cell in row.sizes:

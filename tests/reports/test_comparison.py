@@ -1,6 +1,7 @@
 """The page and the table of a comparison of methods."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -73,8 +74,9 @@ def test_outcomes_follow_the_pair_unless_the_evaluation_calls_it_unfair(comparis
     assert second["MAE"] == "helped"
 
 
-def test_the_table_for_documents_has_a_row_per_method(comparison) -> None:
-    text = markdown(comparison, UNFAIR)
+def test_the_table_for_documents_has_a_row_per_method_and_none_for_shams_that_were_only_probed(comparison) -> None:
+    probed = replace(fakes.method("Spark sham"), arm=None)
+    text = markdown(replace(comparison, methods=(*comparison.methods, probed)), UNFAIR)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 5
     assert len({line.count("|") for line in table}) == 1
