@@ -205,12 +205,13 @@ def test_one_modality_is_restored_from_the_other(tiny_vit_plan):
     draw = torch.Generator().manual_seed(0)
     shown = torch.arange(24).expand(8, -1)
     hidden = (torch.arange(2) == 1).view(1, 2, 1, 1).expand(8, 2, 24, 16)
+    real = torch.ones_like(hidden)
     for step in range(121):
         signs = torch.randn(8, 2, 6, 4, generator=draw).sign()
         picture = torch.einsum("bphw,pij->bhiwj", signs, patterns).reshape(8, 1, 24, 16)
         picture = picture / picture.std()
         image = torch.cat([picture, -picture], 1)
-        views = {"image": image, "target": image, "kept": shown, "hidden": hidden, "asked": torch.ones_like(hidden)}
+        views = {"image": image, "target": image, "kept": shown, "hidden": hidden, "asked": real, "valid": real[:, :1]}
         task.train(step < 120)
         output = task(views)
         optimizer.zero_grad()
