@@ -6,8 +6,8 @@ filled by the passes that are made anyway. Projector outputs are looked at, not 
 CNN with instance normalisation maps all cases to nearly one pooled feature, and still trains well. For the same reason
 alarms are relative to the values that the untrained network has, wherever no floor is known.
 
-What follows from an alarm is tried in the gentlest order: a knob of the task (`PretextTask.respond`), half the learning
-rate, an earlier state of the run. All thresholds are settings.
+What may follow from an alarm is a knob of the task (`PretextTask.respond`), half the learning rate, an earlier state of
+the run. All thresholds are settings.
 """
 
 from __future__ import annotations
