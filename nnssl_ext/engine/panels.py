@@ -27,7 +27,6 @@ PANELS: Mapping[str, Mapping[str, str]] = {
 }
 """Title to metrics with their labels; one whose chance is known has it under the name with `CHANCE` behind it."""
 CHANCE = "_chance"
-INTERVENTIONS_FILE = "interventions.jsonl"
 TEACHER = "health_target_entropy"
 """Logged where the loss is against a teacher's targets, which move: its lowest value is then not the best."""
 

@@ -16,6 +16,7 @@ KEEP = 3
 SHARE = 50
 """A state is kept every fiftieth part of a run."""
 LEAST_STEPS = 50
+INTERVENTIONS_FILE = "interventions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,14 @@ class Ring:
 
 def write_intervention(folder: Path, record: Mapping[str, Any]) -> None:
     """Appends a line to `interventions.jsonl`."""
-    with _interventions(folder).open("a", encoding="utf-8") as file:
+    with (folder / INTERVENTIONS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def keep_interventions(folder: Path, number: int) -> None:
     """Keeps so many lines of `interventions.jsonl`, the first; without any it is removed."""
-    path = _interventions(folder)
+    path = folder / INTERVENTIONS_FILE
     if path.exists() and number:
         write_text(path, "".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:number]))
     else:
         path.unlink(missing_ok=True)
-
-
-def _interventions(folder: Path) -> Path:
-    return folder / "interventions.jsonl"

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from nnssl_ext.core.records import atomic_path, write_text
-from nnssl_ext.engine.panels import INTERVENTIONS_FILE
 from nnssl_ext.engine.pictures import DPI, draw_progress, draw_reconstruction
+from nnssl_ext.engine.recovery import INTERVENTIONS_FILE
 from nnssl_ext.engine.saturation import solved, verdict
 
 if TYPE_CHECKING:

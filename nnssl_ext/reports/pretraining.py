@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_ext.engine.panels import INTERVENTIONS_FILE, Records, account, draw_moments, draw_panel, moments, recorded
+from nnssl_ext.engine.panels import Records, account, draw_moments, draw_panel, moments, recorded
+from nnssl_ext.engine.recovery import INTERVENTIONS_FILE
 from nnssl_ext.engine.saturation import solved, verdict
 from nnssl_ext.engine.tracking import read_records
 from nnssl_ext.reports.style import (
