@@ -193,6 +193,11 @@ class MultiTask(PretextTask):
             return self.members[member].lr_scale(rest)
         return min(task.lr_scale(name) for task in self.members.values()) if part == "encoder" else 1.0
 
+    def predictor(self) -> Mapping[str, torch.Tensor]:
+        """What every task takes for its predictions; see `PretextTask`."""
+        found = {name: task.predictor() for name, task in self.members.items()}
+        return {f"members.{name}.{key}": value for name, state in found.items() for key, value in state.items()}
+
     def export_network(self) -> nn.Module:
         """The encoder, and the decoder of the first task that trains one; see `PretextTask`."""
         tasks = (self.members[name] for name in self.config.tasks)

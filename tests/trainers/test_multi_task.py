@@ -219,6 +219,14 @@ def test_the_first_task_with_a_decoder_hands_it_on(tiny_plan):
     assert not make_task(tiny_plan(PATCH), "rotation,exemplar").trains_decoder
 
 
+def test_checkpoints_keep_what_tasks_predict_with(tiny_plan):
+    """Catches heads that are gone with the state that only resuming needs, and names that the state does not have."""
+    task = make_task(tiny_plan(PATCH), "rotation,patchclustering")
+    found, state = task.predictor(), task.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in found.items())
+    assert len(found) == len(task.members["patchclustering"].predictor()) > 0
+
+
 def test_the_first_task_that_embeds_is_watched(tiny_plan):
     task = make_task(tiny_plan(PATCH), "mae,simclr,exemplar", "exemplar.width=7")
     shown = task(task.views(make_batch(LARGE), RANDOM, train=True)).embeddings
