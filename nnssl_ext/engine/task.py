@@ -86,8 +86,9 @@ class StepOutput:
     loss: torch.Tensor
     """Scalar to minimise: a mean over samples, so that the mean over ranks of equal batches is that of the whole."""
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Detached scalars to log by name. A metric with a known chance level has it beside it as `<name>_chance`. One that
-    is called `asked_share` is of what a loss may ask for; a run ends where a whole validation asks for nothing."""
+    """Detached scalars to log by name; one that is not finite is left out of an epoch's mean. A metric with a known
+    chance level has it beside it as `<name>_chance`. One that is called `asked_share` is of what a loss may ask for; a
+    run ends where a whole validation asks for nothing."""
     images: Mapping[str, torch.Tensor] | None = None
     """Detached pictures (B, C, *patch) to log by name, such as input, masked and output."""
     embeddings: Embeddings | None = None

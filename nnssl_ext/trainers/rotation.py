@@ -100,12 +100,12 @@ class Rotation(PretextTask):
     def forward(self, views: Views) -> StepOutput:
         """The cross-entropy of the turn, and how often it is told; where anything else tells it, it is not asked for.
 
-        Chance is that of a guess that knows which turns are asked of a case.
+        Chance is that of a guess that knows which turns are asked of a case. Both are NaN where none is asked for.
         """
         turns, fair = views["turns"], views["fair"]
         logits = self.head(descriptor(self.encoder(views["turned"])), fair)
         loss = (functional.cross_entropy(logits, turns, reduction="none") * fair).mean()
-        asked = fair.sum().clamp(min=1)
+        asked = fair.sum()
         metrics = {
             "accuracy": (fair & (logits.detach().argmax(1) == turns)).sum() / asked,
             "accuracy_chance": (fair * views["chance"]).sum() / asked,

@@ -144,7 +144,10 @@ class SwinUNETR(PretextTask):
         return {"target": turned.data, "image": image, "asked": asked, "valid": turned.valid, "turns": turns}
 
     def forward(self, views: Views) -> StepOutput:
-        """The three losses, each beside its chance; that of a turn that padding tells counts as 0."""
+        """The three losses, each beside its chance; that of a turn that padding or spacing tells counts as 0.
+
+        The accuracy of turns and its chance are NaN where none is asked for.
+        """
         target, image, asked = (views[name] for name in ("target", "image", "asked"))
         turns, fair = views["turns"], views["fair"]
         output, pooled = run_dense(self.encoder, self.decoder, image, views["valid"], views.get("kept"))
@@ -154,9 +157,10 @@ class SwinUNETR(PretextTask):
         contrast, chance = nt_xent(first, second[views["partner"]], self.config.temperature, views["case"])
         error = masked_l1(output, target, asked, asked)
         constant, untouched = trivial_errors(masked_l1, image, target, asked)
+        num_fair = fair.sum()
         metrics = {
-            "turn_accuracy": (fair & (logits.detach().argmax(1) == turns)).sum() / fair.sum().clamp(min=1),
-            "turn_accuracy_chance": torch.full((), 1 / NUM_TURNS, device=target.device),
+            "turn_accuracy": (fair & (logits.detach().argmax(1) == turns)).sum() / num_fair,
+            "turn_accuracy_chance": num_fair / (NUM_TURNS * num_fair),
             "contrast": contrast.detach(),
             "contrast_chance": chance,
             "l1": error.detach(),

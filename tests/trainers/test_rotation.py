@@ -106,7 +106,8 @@ def test_a_turn_that_padding_tells_is_not_asked_for(tiny_plan):
 def test_a_turn_that_stretched_voxels_tell_is_not_asked_for(tiny_plan):
     """Of a case with slices 3 mm thick the turns in their plane alone are asked for, of one with three edges none.
 
-    Catches the plan's spacing taken for that of every case, and a chance that does not know what is asked for.
+    Catches the plan's spacing taken for that of every case, a chance that does not know what is asked for, and a batch
+    that asks for nothing and lowers the mean of an epoch.
     """
     task, batch, asked = make_task(tiny_plan((16, 24, 8))), make_batch((16, 24, 8)), [set(), set(), set()]
     spacing = torch.tensor([[1.0, 1.0, 1.0], [3.0, 1.0, 1.05], [3.0, 2.0, 1.0]])
@@ -119,6 +120,10 @@ def test_a_turn_that_stretched_voxels_tell_is_not_asked_for(tiny_plan):
     assert (asked[1], asked[2]) == ({0, 7, 8, 9}, set())
     views["fair"][:] = torch.tensor([True, True, False])
     assert task(views).metrics["accuracy_chance"].item() == pytest.approx((1 / 10 + 1 / 4) / 2)
+    views["fair"][:] = False
+    metrics = task(views).metrics
+    assert metrics["accuracy"].isnan()
+    assert metrics["accuracy_chance"].isnan()
 
 
 def test_an_impossible_setting_is_refused():

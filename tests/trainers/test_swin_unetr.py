@@ -119,8 +119,8 @@ def test_the_loss_is_the_sum_of_its_parts(tiny_plan, patch_size):
 def test_a_turn_that_padding_tells_is_not_asked_for(tiny_plan):
     """The second crop is one voxel thin: of its two views, padding tells the turn, and neither is learned from.
 
-    Catches a loss that rewards looking for padding, or for voxels that are stretched in one case alone, and an accuracy
-    that counts such views.
+    Catches a loss that rewards looking for padding, or for voxels that are stretched in one case alone, an accuracy
+    that counts such views, and a batch of such views alone that lowers the mean of an epoch.
     """
     task, batch = make_task(tiny_plan((16, 16)), weights=(1, 0, 0)).eval(), make_batch((16, 16))
     valid = torch.ones_like(batch.valid)
@@ -137,6 +137,9 @@ def test_a_turn_that_padding_tells_is_not_asked_for(tiny_plan):
     assert (logits[0].grad != 0).any(1).tolist() == [True, False, True] * 2
     hits = (logits[0].argmax(1) == views["turns"])[views["fair"]]
     assert output.metrics["turn_accuracy"].item() == pytest.approx(hits.float().mean().item())
+    metrics = task({**views, "fair": torch.zeros_like(views["fair"])}).metrics
+    assert metrics["turn_accuracy"].isnan()
+    assert metrics["turn_accuracy_chance"].isnan()
 
 
 def test_weights_switch_parts_off(tiny_plan):
