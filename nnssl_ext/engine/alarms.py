@@ -105,8 +105,7 @@ def judge(
     """
     if "not_finite" in now:
         return [_broken(now["not_finite"])]
-    alarms = [*_ranks(now, untrained, config), *_spreads(now, untrained, settled, config)]
-    alarms += _targets(now, flat_steps, patience, config)
+    alarms = [*_spreads(now, untrained, settled, config), *_targets(now, flat_steps, patience, config)]
     return sorted(alarms, key=lambda alarm: (not alarm.roll_back, not alarm.slower, alarm.warning))
 
 
@@ -115,49 +114,38 @@ def _broken(number: float) -> Alarm:
     return Alarm(name="not_finite", value=number, limit=0.0, diagnosis=words, slower=True, roll_back=True)
 
 
-def _ranks(now: Mapping[str, float], untrained: Mapping[str, float], config: HealthConfig) -> list[Alarm]:
-    if "rank" not in now or "rank" not in untrained:
+def _fallen(
+    name: str, words: str, now: Mapping[str, float], untrained: Mapping[str, float], warn: float, fail: float
+) -> list[Alarm]:
+    """An alarm where a statistic is below shares of the untrained network's: to warn, or to go back."""
+    if name not in now or name not in untrained:
         return []
-    value, before = now["rank"], untrained["rank"]
-    words = f"embeddings use few directions: effective rank {value:.3f}, untrained {before:.3f}"
-    for share, grave in ((config.rank_fail, True), (config.rank_warn, False)):
-        if value < share * before:
-            limit = share * before
-            return [
-                Alarm(
-                    name="rank",
-                    value=value,
-                    limit=limit,
-                    diagnosis=words,
-                    responses=("spread",),
-                    slower=grave,
-                    warning=not grave,
-                    roll_back=grave,
-                )
-            ]
-    return []
+    value, before = now[name], untrained[name]
+    grave = value < fail * before
+    limit = (fail if grave else warn) * before
+    if not value < limit:
+        return []
+    return [
+        Alarm(
+            name=name,
+            value=value,
+            limit=limit,
+            diagnosis=f"{words} {value:.3f}, untrained {before:.3f}",
+            responses=("spread",),
+            slower=grave,
+            warning=not grave,
+            roll_back=grave,
+        )
+    ]
 
 
 def _spreads(
     now: Mapping[str, float], untrained: Mapping[str, float], settled: Mapping[str, float], config: HealthConfig
 ) -> list[Alarm]:
-    alarms = []
-    value, before = now["between_share"], untrained.get("between_share", 0.0)
-    if value < config.between * before:
-        grave = value < config.between_fail * before
-        words = f"cases differ less, beside their views, than untrained: {value:.3f}, untrained {before:.3f}"
-        alarms.append(
-            Alarm(
-                name="between_share",
-                value=value,
-                limit=config.between * before,
-                diagnosis=words,
-                responses=("spread",),
-                slower=grave,
-                warning=not grave,
-                roll_back=grave,
-            )
-        )
+    words = "embeddings use few directions: effective rank"
+    alarms = _fallen("rank", words, now, untrained, config.rank_warn, config.rank_fail)
+    words = "cases differ less, beside their views, than untrained:"
+    alarms += _fallen("between_share", words, now, untrained, config.between, config.between_fail)
     if "token_spread" in now and "token_spread" in settled:
         value, limit = now["token_spread"], config.token_spread * settled["token_spread"]
         if value < limit:

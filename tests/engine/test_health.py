@@ -209,9 +209,13 @@ UNTRAINED = {**HEALTHY, "between_share": 0.2, "mutual_information": 0.01, "mutua
     ],
 )
 def test_every_sickness_sounds_its_own_alarm(changes, flat_steps, name, responses, slower, back):
+    """Catches another answer, and a grave alarm that names the limit of the warning."""
     alarms = judge({**HEALTHY, **changes}, UNTRAINED, HEALTHY, flat_steps, 100, CONFIG)
     found = [(alarm.name, alarm.responses, alarm.slower, alarm.roll_back) for alarm in alarms]
     assert found == ([] if name is None else [(name, responses, slower, back)])
+    shares = {"rank": (0.1, 0.07), "between_share": (0.5, 0.2)}
+    if name in shares:
+        assert alarms[0].limit == pytest.approx(shares[name][back] * UNTRAINED[name])
 
 
 def test_statistics_of_healthy_embeddings_give_no_alarm_and_collapsed_ones_do():
