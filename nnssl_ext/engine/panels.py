@@ -56,10 +56,10 @@ def moments(records: Records, interventions: Records) -> list[tuple[float, str]]
     if not records or not interventions:
         return []
     steps_per_epoch = records[-1]["step"] / (records[-1]["epoch"] + 1)
-    found: dict[int, list[str]] = {}
+    found: dict[int, dict[str, None]] = {}
     for record in interventions:
         if record["event"] == "intervention":
-            found.setdefault(record["resumed_at"], []).append(record["statistic"].replace("_", " "))
+            found.setdefault(record["resumed_at"], {})[record["statistic"].replace("_", " ")] = None
     return [(step / steps_per_epoch, ", ".join(names)) for step, names in found.items()]
 
 

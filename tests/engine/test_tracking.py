@@ -120,7 +120,7 @@ def test_every_number_a_run_has_is_drawn_and_so_is_every_intervention():
     rows = [{**METRICS, **{name: 0.1 + number / 99 for number, name in enumerate(names)}, "epoch": e} for e in (0, 1)]
     rows[1]["step"] = 20
     acted = {"event": "intervention", "step": 18, "resumed_at": 5, "statistic": "token_spread"}
-    figure = draw_progress(rows, [TIMING], "title", [acted, {"event": "skipped", "step": 3, "cases": ["a"]}])
+    figure = draw_progress(rows, [TIMING], "title", [acted, acted, {"event": "skipped", "step": 3, "cases": ["a"]}])
     drawn = {tuple(line.get_ydata()) for axis in figure.axes for line in axis.lines}
     assert {(rows[0][name],) * 2 for name in names} <= drawn
     assert [axis.get_title() for axis in figure.axes[:9]] == [
