@@ -30,7 +30,7 @@ def textured(data: Tensor, valid: Tensor, least_std: float) -> Tensor:
         pool(each, NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2, count_include_pad=False)
         for each in (data, data.square(), real)
     )
-    deviates = square / share - (mean / share).square() > least_std**2  # 0 / 0 where nothing is real, which is never
+    deviates = square / share - (mean / share).square() > least_std**2  # 0 / 0 where nothing is real: False
     return deviates.any(1, keepdim=True) & valid
 
 
