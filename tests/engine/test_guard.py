@@ -7,13 +7,13 @@ import os
 import signal
 import socket
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import multiprocessing
 
 from nnssl_ext.engine import guard as guard_module
 from nnssl_ext.engine import health as health_module
@@ -27,72 +27,9 @@ from nnssl_ext.engine.loop import Outcome, _Run, pretrain
 from nnssl_ext.engine.recovery import Ring
 from nnssl_ext.engine.run import RunSpec
 from nnssl_ext.engine.steps import DivergedError, Stepper
-from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput, TaskInfo
+from nnssl_ext.engine.task import Embeddings, StepOutput
 from nnssl_ext.engine.tracking import Tracker
-from nnssl_ext.models.backbone import build_encoder, export_network
-from nnssl_ext.models.standardise import Standardise
-from nnssl_ext.planners.rules import StepCost
-
-WIDTH = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairConfig:
-    """No settings but one."""
-
-    poisoned: tuple[int, ...] = ()
-    """Steps whose embeddings and loss are not finite while the learning rate is the recipe's."""
-
-
-class Pair(PretextTask):
-    """Pulls a crop and its mirror image together, by standardised features; a knob counts how often it was turned."""
-
-    Config = PairConfig
-    info = TaskInfo(idea="a pair", paper="none", encoders={"cnn"})
-
-    def __init__(self, config, configuration, num_cases):
-        super().__init__(config, configuration, num_cases)
-        self.encoder = build_encoder(configuration)
-        self.standard = Standardise(self.encoder.channels[-1])
-        self.project = nn.Linear(self.encoder.channels[-1], WIDTH)
-        self.register_buffer("turned", torch.zeros(()))
-        self.register_buffer("taken", torch.zeros(()))
-
-    def views(self, batch, random, train):
-        return {"image": batch.data}
-
-    def forward(self, views):
-        pooled = [self.encoder.pooled(x) for x in (views["image"], views["image"].flip(2))]
-        if self.training:
-            self.standard.collect(torch.stack(pooled))
-        first, second = (self.project(self.standard(each)) for each in pooled)
-        if self.training and int(self.taken) in self.config.poisoned:
-            first = first * torch.nan
-        loss = (first - second).square().mean()
-        shown = Embeddings(first=first.detach(), second=second.detach())
-        return StepOutput(loss=loss, embeddings=shown)
-
-    def after_step(self, step, total):
-        self.taken.fill_(step + 1)
-        self.standard.update()
-
-    def respond(self, response):
-        self.turned += 1
-        return f"turned {response}"
-
-    def export_network(self):
-        return export_network(self.configuration, self.encoder)
-
-
-class PairTrainer(PretrainTrainer):
-    """Twelve steps."""
-
-    task = Pair
-    cost = StepCost(views=2, copies=1, decoder=False)
-    num_epochs = 3
-    steps_per_epoch = 4
-    val_steps_per_epoch = 2
-    val_fraction = 0.3
+from tests.engine.pair import Pair, PairConfig, PairTrainer
 
 
 @pytest.fixture
@@ -446,12 +383,6 @@ def test_a_run_is_judged_once_also_when_it_was_resumed(spec, monkeypatch):
     assert asked == [(0, 4), (4, 8)]  # the last epoch has nothing to go on with
 
 
-def test_states_are_an_epoch_apart_or_more():
-    assert Ring.interval(250_000, 250, 50) == 5000
-    assert Ring.interval(2500, 250, 50) == 250
-    assert Ring.interval(100, 1, 30) == 60  # a state between two looks would be one that nobody judged
-
-
 def test_states_to_go_back_to_hold_no_network_and_are_kept_where_going_back_is_possible(spec, monkeypatch):
     """Not of a task that shows no embeddings, nor where the monitor may only warn: they are large."""
     alarm_at(monkeypatch)
@@ -563,17 +494,3 @@ def test_two_processes_go_back_at_the_same_step_to_the_same_state(spec, tmp_path
     for (_, one), (_, other) in zip(first, second, strict=True):
         assert set(one) == set(other)
         assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def test_the_ring_keeps_the_newest_and_forgets_a_future_that_was_given_up(tmp_path):
-    ring = Ring(tmp_path / "ring")
-    assert ring.newest() is None
-    for step in (2, 4, 6, 8, 4):
-        ring.save(step, {})
-    assert sorted(path.name for path in ring.folder.iterdir()) == ["step_000000004.pth"]
-    for step in (6, 8, 10):
-        ring.save(step, {})
-    assert [int(path.stem[5:]) for path in sorted(ring.folder.iterdir())] == [6, 8, 10]
-    assert ring.newest() == ring.path(10)
-    ring.remove()
-    assert ring.newest() is None
