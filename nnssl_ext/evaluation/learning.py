@@ -125,7 +125,8 @@ def gate(
         rising = any(word in name for word in HIGHER_IS_BETTER)
         better = pairs[:, 0] > pairs[:, 1] if rising else pairs[:, 0] < pairs[:, 1]
         beaten.append(bool(better.all()))
-        by_chance += [] if name.endswith(_STRICTER) else beaten[-1:]
+        if not name.endswith(_STRICTER):
+            by_chance.append(beaten[-1])
         blind = [record[name][0] for record in sham if name in record]
         beside = f", sham {np.mean(blind):.3f}" if blind else ""
         texts.append(f"{name} {pairs[:, 0].mean():.3f} (chance {pairs[:, 1].mean():.3f}{beside})")

@@ -92,10 +92,10 @@ class CPC(PretextTask):
         self.size = box_size(configuration.patch_size, self.grid, self.encoder.strides[-1])
         self.head = PooledHead(self.encoder.channels[-1], config.width, num_layers=1)
         self.readers = nn.ModuleList(nn.GRU(config.width, config.width, batch_first=True) for _ in self.grid)
-        colour = torch.cartesian_prod(*[torch.arange(SLABS)] * configuration.dims).sum(1) % 2
-        self.register_buffer("halves", colour.argsort(stable=True).view(2, -1), persistent=False)
         ahead = (SLABS - SEEN) * config.width
         self.predictors = nn.ModuleList(nn.Linear(config.width, ahead, bias=False) for _ in self.grid)
+        colour = torch.cartesian_prod(*[torch.arange(SLABS)] * configuration.dims).sum(1) % 2
+        self.register_buffer("halves", colour.argsort(stable=True).view(2, -1), persistent=False)
 
     def views(self, batch: Batch, random: SampleRandom, train: bool) -> Views:
         """The boxes of each crop; in training with changed intensities.
