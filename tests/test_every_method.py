@@ -27,6 +27,7 @@ from nnssl_ext.engine.optim import OptimConfig, build_optimizer, parameter_group
 from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer, StepOutput
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.planners.plan import Plan
+from nnssl_ext.views.tokens import hidden_voxels
 
 PATCHES = {2: (24, 16), 3: (16, 24, 8)}
 SMALL = {"block_size": 4, "decoder_depth": 2, "margin": 2.0, "positions": 64}
@@ -48,6 +49,8 @@ INTENSITIES = {
     if setting.split(".")[0] in {each.name for each in fields(TRAINERS.get(name).task.Config)}
 }
 """The setting that says how intensities change, of the methods that have one."""
+SEE_ALL = ("Inpainting", "ModelsGenesis", "PixelClustering", "Registration", "VolumeFusion")
+"""Methods that show a transformer every token without padding, wherever padding lies."""
 NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 PLANS = {"cnn": "tiny_plan", "vit": "tiny_vit_plan"}
@@ -208,6 +211,21 @@ def test_padding_has_no_influence(trainer, plan, train):
     other = deepcopy(task)  # a pass in training may fill queues
     losses = [forward(*each, step=0, train=train).loss for each in ((task, batch), (other, spoilt))]
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("method", [(f"{name}Trainer", "vit") for name in SEE_ALL], ids="-".join, indirect=True)
+@pytest.mark.parametrize("plan", [2], ids=["2d"], indirect=True)
+def test_a_transformer_is_asked_for_no_voxel_that_it_did_not_see(trainer, plan):
+    """Catches targets in tokens that hold padding, which are dropped: no input tells what stands there."""
+    task = build(trainer, plan).eval()
+    batch = make_batch(task)
+    batch.valid[:, :, 9:] = False  # no view fits in
+    views = task.views(batch, SampleRandom(seed=1, step=0, samples=batch.samples), False)
+    asked = views.get("asked", views["valid"]).reshape(-1, 1, *task.configuration.patch_size)
+    unseen = hidden_voxels(views["kept"], task.encoder.token_size, task.configuration.patch_size)
+    assert asked.any()
+    assert unseen.any()
+    assert not (asked & unseen).any()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from nnssl_ext.views.occupancy import occupied_cells
 from nnssl_ext.views.overlapping import with_overlap
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, draw_transform
-from nnssl_ext.views.tokens import whole_places
+from nnssl_ext.views.tokens import whole_only, whole_places
 from nnssl_ext.views.transform import SpatialTransform, SpatialView, apply_transform
 
 _HALF = 0.5
@@ -164,11 +164,9 @@ class PixelClustering(PretextTask):
                 intensity_view(each.data, each.valid, random.child(f"intensity{number}"), intensity, inplace=True)
                 for number, each in enumerate(seen)
             ]
-        asked = valid & (classes != NOTHING)
-        views = {"image": torch.cat(images), "classes": torch.where(asked, classes, 0), "asked": asked, "valid": valid}
-        if is_transformer(self.encoder):
-            views["kept"] = whole_places(valid, self.encoder.token_size)
-        return views
+        known = whole_only(valid, self.encoder.token_size) if is_transformer(self.encoder) else {"valid": valid}
+        asked = known["valid"] & (classes != NOTHING)
+        return {"image": torch.cat(images), "classes": torch.where(asked, classes, 0), "asked": asked, **known}
 
     def _plain(self, batch: Batch, random: SampleRandom, train: bool) -> tuple[list[SpatialView], list[torch.Tensor]]:
         """One view, and the labels of the crop it was taken from."""

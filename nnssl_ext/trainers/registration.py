@@ -42,7 +42,7 @@ from nnssl_ext.views.occupancy import occupied_cells
 from nnssl_ext.views.overlap import place_in
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, draw_transform, training_view
-from nnssl_ext.views.tokens import whole_places
+from nnssl_ext.views.tokens import whole_only
 from nnssl_ext.views.transform import SpatialTransform, apply_transform
 
 SHOWN = 1 - 1e-3
@@ -170,7 +170,8 @@ class Registration(PretextTask):
         views |= {"images": views["target"].masked_fill(views["hidden"], 0), "asked": valid}
         views["spacing"] = batch.spacing[self.needs.images - 1 :: self.needs.images]
         if is_transformer(self.encoder):
-            views["kept"] = whole_places(valid.flatten(0, 1), self.encoder.token_size)
+            known = whole_only(valid.flatten(0, 1), self.encoder.token_size)
+            views |= {"kept": known["kept"], "asked": known["valid"].unflatten(0, (-1, 2))}
         return views
 
     def _two_views(self, batch: Batch, random: SampleRandom, train: bool) -> tuple[torch.Tensor, torch.Tensor, Views]:
