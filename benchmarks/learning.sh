@@ -12,6 +12,13 @@ set -euo pipefail
 source=$1
 workspace=$2
 groups=${*:3}
+for group in $groups; do
+    case $group in unet | primus | long | two_channels) ;; *)
+        echo "There is no group $group: give unet, primus, long or two_channels." >&2
+        exit 2
+        ;;
+    esac
+done
 here=$(cd "$(dirname "$0")" && pwd)
 
 export nnssl_raw=$workspace/raw nnssl_preprocessed=$workspace/preprocessed nnssl_results=$workspace/results
@@ -50,10 +57,6 @@ learn() { # group
         done
         nnssl_plan_and_preprocess -d 101 -pl nnsslPlannerResEncXS -np 2
         compare smoke_derived_contrast primus 104 101 MultiMAETrainer
-        ;;
-    *)
-        echo "There is no group $1: give unet, primus, long or two_channels." >&2
-        exit 2
         ;;
     esac
 }
