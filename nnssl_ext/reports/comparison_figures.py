@@ -145,7 +145,9 @@ def pairs(ranking: Ranking) -> Picture:
     """Differences of mean Dice, row minus column; filled where they are decided."""
     labels = [arm.label for arm in ranking.arms]
     size = len(labels)
-    with drawing(min(PAGE_WIDTH, max(_HALF, 1.6 + 0.62 * size)), _LABELS * 0.9 + _ROW * size) as figure:
+    width = min(PAGE_WIDTH, max(_HALF, 1.6 + 0.62 * size))
+    font = min(8.0, 17 * (width - 1.6) / size)  # in points, so that six characters fit into a column
+    with drawing(width, _LABELS * 0.9 + _ROW * size) as figure:
         axes = figure.add_subplot()
         axes.imshow(_pair_colours(ranking), aspect="auto")
         for row in range(size):
@@ -156,7 +158,7 @@ def pairs(ranking: Ranking) -> Picture:
                 value = pair.row.difference if pair.first == labels[row] else -pair.row.difference
                 text = f"{value:+.3f}".replace("-", "\u2212")
                 style: Any = {"color": INK, "weight": "bold"} if pair.decided else {"color": MUTED}
-                axes.text(column, row, text, ha="center", va="center", fontsize=8, **style)
+                axes.text(column, row, text, ha="center", va="center", fontsize=font, **style)
         axes.set_xticks(range(size), labels, rotation=35, ha="right")
         _rows(axes, labels)
         axes.grid(visible=False)

@@ -23,6 +23,7 @@ from nnssl_ext.reports.style import (
     encode,
     grid_of_axes,
     integer_ticks,
+    legend,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _SPREAD = 0.1
 """Distance between two arms at one tick, in ticks."""
+_MAX_SPREAD = 0.7
+"""Of all arms at one tick."""
 _SEED_SHIFT = 0.025
 _PANEL = PAGE_WIDTH / 3
 """Width of one panel, in inches."""
@@ -59,17 +62,18 @@ def _panel_size(num_sizes: int, height: float) -> tuple[float, float]:
 def data_efficiency(evaluation: Evaluation, metric: str = "dice") -> Picture:
     """Mean of a metric against the number of training cases, with intervals and one small dot per seed."""
     sizes, colours = list(evaluation.num_train), arm_colours(evaluation.arms)
+    gap = min(_SPREAD, _MAX_SPREAD / len(evaluation.arms))
     with drawing(_width(sizes), 4.1) as figure:
         axes = figure.add_subplot()
         for index, arm in enumerate(evaluation.arms):
-            offset = (index - (len(evaluation.arms) - 1) / 2) * _SPREAD
+            offset = (index - (len(evaluation.arms) - 1) / 2) * gap
             _efficiency_line(axes, evaluation, arm, metric, offset, colours[arm.name])
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.set_xlim(-0.5, len(sizes) - 0.5)
         axes.set_xlabel("training cases per fold")
         axes.set_ylabel(f"mean foreground {metric_label(metric)}")
         axes.grid(visible=False, axis="x")
-        axes.legend(loc="best")
+        legend(axes, "best")
         return encode(figure)
 
 
@@ -97,10 +101,11 @@ def _efficiency_line(axes: Axes, evaluation: Evaluation, arm: Arm, metric: str, 
 def fold_spread(evaluation: Evaluation, metric: str = "dice") -> Picture:
     """Mean of each fold as a dot, the mean over cases as a bar, for every arm and size."""
     colours = arm_colours(evaluation.arms)
+    gap = min(1.6 * _SPREAD, _MAX_SPREAD / len(evaluation.arms))
     with drawing(_width(evaluation.num_train), 3.2) as figure:
         axes = figure.add_subplot()
         for index, arm in enumerate(evaluation.arms):
-            offset = (index - (len(evaluation.arms) - 1) / 2) * 1.6 * _SPREAD
+            offset = (index - (len(evaluation.arms) - 1) / 2) * gap
             for position, size in enumerate(evaluation.num_train):
                 row = evaluation.summary(arm.name, size, metric)
                 if row is None or row.mean is None:
@@ -108,14 +113,14 @@ def fold_spread(evaluation: Evaluation, metric: str = "dice") -> Picture:
                 x, folds = position + offset, list(row.fold_means.values())
                 axes.plot([x, x], [min(folds), max(folds)], color=colours[arm.name], lw=1, alpha=0.5)
                 axes.scatter([x] * len(folds), folds, s=22, color=colours[arm.name], alpha=0.75, linewidths=0)
-                axes.plot([x - 0.06, x + 0.06], [row.mean] * 2, color=colours[arm.name], lw=2.4)
+                axes.plot([x - gap * 0.375, x + gap * 0.375], [row.mean] * 2, color=colours[arm.name], lw=2.4)
             axes.scatter([], [], s=22, color=colours[arm.name], label=arm.label)
         axes.set_xticks(range(len(evaluation.num_train)), [str(size) for size in evaluation.num_train])
         axes.set_xlim(-0.5, len(evaluation.num_train) - 0.5)
         axes.set_xlabel("training cases per fold")
         axes.set_ylabel(f"mean {metric_label(metric)} of a fold")
         axes.grid(visible=False, axis="x")
-        axes.legend(loc="best")
+        legend(axes, "best")
         return encode(figure)
 
 
@@ -188,7 +193,7 @@ def learning_curves(evaluation: Evaluation, sizes: Sequence[NumTrain]) -> Pictur
             _share_height(panels)
         pairs[0][0].set_ylabel("validation Dice (patches)")
         pairs[0][1].set_ylabel("validation loss")
-        pairs[-1][0].legend(loc="lower right")
+        legend(pairs[-1][0], "lower right")
         return encode(figure)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ DPI = 144
 CSS_PIXELS_PER_INCH = 96
 PAGE_WIDTH = 9.9
 """Width of the report's text in inches; figures are shown at their own size, so their letters stay alike."""
+_MAX_WITHIN = 6
+"""Most names for which a panel has room."""
+_LEGEND_COLUMN, _LEGEND_ROW = 1.8, 0.2
+"""Width and height of a name beneath the panels, in inches."""
 _RC: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -90,6 +95,18 @@ def grid_of_axes(figure: Figure, rows: int, columns: int, **options: Any) -> lis
     """A grid of axes that is a list of rows also when it has a single one."""
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return [list(row) for row in axes]
+
+
+def legend(axes: Axes, loc: str) -> None:
+    """Names of lines: within the panel, or beneath all panels where they are many, for which the figure grows."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= _MAX_WITHIN:
+        axes.legend(loc=loc)
+        return
+    figure = axes.get_figure(root=True)
+    columns = max(1, int(figure.get_figwidth() / _LEGEND_COLUMN))
+    figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * math.ceil(len(names) / columns))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
 def integer_ticks(axes: Axes) -> None:
