@@ -17,7 +17,7 @@ from nnssl_ext.evaluation.records import Evaluation, save_evaluation
 from nnssl_ext.evaluation.run import evaluate
 from nnssl_ext.evaluation.statistics import Interval
 from nnssl_ext.imageio import Geometry
-from nnssl_ext.reports import overlays, tables
+from nnssl_ext.reports import overlays, style, tables
 from nnssl_ext.reports.figures import rows_of
 from nnssl_ext.reports.page import minus, render
 from nnssl_ext.reports.pretraining import draw_curves, read_pretraining
@@ -250,6 +250,21 @@ def test_intervals_and_p_values_as_text() -> None:
 def test_minus_signs_are_set_before_numbers_only() -> None:
     text = "worse (-0.073 Dice, -0.10 to -0.04): give --seeds 0 1, -np 2 or ptPlans-5"
     assert minus(text) == "worse (\u22120.073 Dice, \u22120.10 to \u22120.04): give --seeds 0 1, -np 2 or ptPlans-5"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("number", "within"), [(6, True), (22, False)])
+def test_many_names_stand_beneath_the_panels(number: int, within: bool) -> None:
+    """Catches a legend that takes the panel's whole room, of which matplotlib warns."""
+    with style.drawing(6.6, 3.4) as figure:
+        axes = figure.add_subplot()
+        for name in range(number):
+            axes.plot([0, 1], label=f"RelativePatchLocation {name}")
+        style.legend(axes, "lower right")
+        assert (axes.get_legend() is not None, len(figure.legends)) == (within, 0 if within else 1)
+        style.encode(figure)
+        assert axes.get_window_extent().height > 2 * style.DPI
+        assert (figure.get_figheight() == 3.4) == within
 
 
 def test_many_sizes_take_several_rows() -> None:
