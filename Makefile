@@ -16,9 +16,9 @@ $(READY): setup.py pyproject.toml
 demo: $(READY)
 	$(BIN)/nnssl_demo $(DEMO)
 
-# the CPU suite; TESTS passes options, such as TESTS="tests/planners -x"
+# the CPU suite in two processes; TESTS passes options, such as TESTS="tests/planners -x"
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(TESTS)
 
 # what takes minutes each: stock nnU-Net's trainers and predictor to their ends, DINO's healthy and sick runs
 test-slow: $(READY)

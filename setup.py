@@ -64,6 +64,7 @@ setup(
         "hub": ["huggingface_hub>=0.23", "safetensors>=0.4"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.11",
             "mypy>=1.15",
             "import-linter>=2.1",
