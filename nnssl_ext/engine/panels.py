@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +30,19 @@ PANELS: Mapping[str, Mapping[str, str]] = {
 CHANCE = "_chance"
 TEACHER = "health_target_entropy"
 """Logged where the loss is against a teacher's targets, which move: its lowest value is then not the best."""
+
+
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Matplotlib's own style, whatever others have left in the process: nnU-Net's curves make all letters large.
+
+    A decorator as well.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
 
 
 def series(records: Records, name: str) -> tuple[list[int], list[float]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from nnssl_ext.engine.panels import TEACHER, Records, draw_moments, draw_panel, moments, recorded, series
+from nnssl_ext.engine.panels import TEACHER, Records, default_style, draw_moments, draw_panel, moments, recorded, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,6 +44,7 @@ def mid_slices(volume: npt.NDArray[Any], spacing: Sequence[float]) -> list[tuple
     return slices
 
 
+@default_style()
 def draw_reconstruction(images: Mapping[str, npt.NDArray[Any]], spacing: Sequence[float], title: str) -> Figure:
     """Mid-slices of one sample: a row per plane, a column per picture, all in the grey window of the first.
 
@@ -85,6 +86,7 @@ def label_colours(labels: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1) * bright * (labels[..., None] != 0)
 
 
+@default_style()
 def draw_progress(metrics: Records, timing: Records, title: str, interventions: Records = ()) -> Figure:
     """Loss, learning rate, speed and every panel of features that the run has numbers for, over the epochs.
 

@@ -73,7 +73,7 @@ def data_efficiency(evaluation: Evaluation, metric: str = "dice") -> Picture:
         axes.set_xlabel("training cases per fold")
         axes.set_ylabel(f"mean foreground {metric_label(metric)}")
         axes.grid(visible=False, axis="x")
-        legend(axes, "best")
+        legend(figure, axes, "best")
         return encode(figure)
 
 
@@ -120,7 +120,7 @@ def fold_spread(evaluation: Evaluation, metric: str = "dice") -> Picture:
         axes.set_xlabel("training cases per fold")
         axes.set_ylabel(f"mean {metric_label(metric)} of a fold")
         axes.grid(visible=False, axis="x")
-        legend(axes, "best")
+        legend(figure, axes, "best")
         return encode(figure)
 
 
@@ -193,7 +193,7 @@ def learning_curves(evaluation: Evaluation, sizes: Sequence[NumTrain]) -> Pictur
             _share_height(panels)
         pairs[0][0].set_ylabel("validation Dice (patches)")
         pairs[0][1].set_ylabel("validation loss")
-        legend(pairs[-1][0], "lower right")
+        legend(figure, pairs[-1][0], "lower right")
         return encode(figure)
 
 

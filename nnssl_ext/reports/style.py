@@ -8,7 +8,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from nnssl_ext.engine.panels import default_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,7 +87,7 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_RC):
+    with default_style(), matplotlib.rc_context(_RC):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
@@ -97,13 +99,12 @@ def grid_of_axes(figure: Figure, rows: int, columns: int, **options: Any) -> lis
     return [list(row) for row in axes]
 
 
-def legend(axes: Axes, loc: str) -> None:
+def legend(figure: Figure, axes: Axes, loc: Literal["best", "lower right"]) -> None:
     """Names of lines: within the panel, or beneath all panels where they are many, for which the figure grows."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) <= _MAX_WITHIN:
         axes.legend(loc=loc)
         return
-    figure = axes.get_figure(root=True)
     columns = max(1, int(figure.get_figwidth() / _LEGEND_COLUMN))
     figure.set_figheight(figure.get_figheight() + _LEGEND_ROW * math.ceil(len(names) / columns))
     figure.legend(handles, names, loc="outside lower center", ncols=columns)

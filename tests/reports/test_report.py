@@ -4,6 +4,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -255,12 +256,12 @@ def test_minus_signs_are_set_before_numbers_only() -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("number", "within"), [(6, True), (22, False)])
 def test_many_names_stand_beneath_the_panels(number: int, within: bool) -> None:
-    """Catches a legend that takes the panel's whole room, of which matplotlib warns."""
-    with style.drawing(6.6, 3.4) as figure:
+    """Catches a legend that takes the panel's whole room, and letters as large as nnU-Net's curves leave them."""
+    with matplotlib.rc_context({"legend.fontsize": 30, "xtick.labelsize": 30}), style.drawing(6.6, 3.4) as figure:
         axes = figure.add_subplot()
         for name in range(number):
             axes.plot([0, 1], label=f"RelativePatchLocation {name}")
-        style.legend(axes, "lower right")
+        style.legend(figure, axes, "lower right")
         assert (axes.get_legend() is not None, len(figure.legends)) == (within, 0 if within else 1)
         style.encode(figure)
         assert axes.get_window_extent().height > 2 * style.DPI
