@@ -12,8 +12,10 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -30,10 +32,23 @@ from nnssl_ext.preprocessing.store import SUFFIX
 BATCHES_AHEAD = 2
 """Batches that a worker may have in hand: one waiting to be used, one being read."""
 _EXIT_SECONDS = 5.0
-_PARENTS_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
-
+_PARENTS_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 Answer = Batch | Unreadable
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Blocks the parent's signals, so that processes started meanwhile do not end by one before they ignore it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # as it starts it would let the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Reader:
@@ -101,9 +116,8 @@ def _serve(connection: Connection) -> None:
 
     Signals sent to the whole process group are left to the parent, which saves a checkpoint and closes the pipe.
     """
-    for name in _PARENTS_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     buffers: dict[int, torch.Tensor] = {}
     while True:
@@ -163,7 +177,8 @@ class WorkerPool:
         for _ in range(self.num_workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True, name="nnssl-loader")
-            process.start()
+            with _deaf():
+                process.start()
             theirs.close()
             buffers = BufferPool(self.num_bytes, shared=True, host=self.host)
             self._workers.append(_Worker(process, ours, buffers, set()))

@@ -230,9 +230,9 @@ if __name__ == "__main__":
     entry = write_case(folder, "a", np.ones((1, 9, 9, 9), np.float32), {}, np.ones((9, 9, 9), bool), spacing=(1, 1, 1))
     loader = PatchLoader(Store(folder, {"a": entry}), ["a"], (8, 8, 8), 1, seed=0, num_workers=2)
     batches = loader.batches(0, 10**6)
-    next(batches)
+    loader._reader._start()
     workers = [worker.process.pid for worker in loader._reader._workers]
-    if sys.argv[2] == "signals":
+    for _ in range(2 if sys.argv[2] == "signals" else 0):  # while they start, and while they read
         for pid in workers:
             for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 os.kill(pid, name)
