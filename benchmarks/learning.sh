@@ -6,7 +6,7 @@
 # 80 scans without labels are pretrained on, with small networks and some hundred steps. Of the other scans 20 are the
 # pool that probes and fine-tuning draw 5 labelled cases from, and 30 are the test. Each method stands beside its own
 # control run on destroyed targets, the untrained network, and nnU-Net from scratch, with three seeds, one after another:
-# there is a table after each. In all it takes some four hours on two cores that compute in bf16, and can be stopped and
+# there is a table after each. A seed takes more than two hours on two cores that compute in bf16; it can be stopped and
 # started again at any time.
 set -euo pipefail
 source=$1
