@@ -27,22 +27,24 @@ def dense_contrast(
     """
     with torch.autocast(first.device.type, enabled=False):
         first, second = (functional.normalize(rows.float(), dim=2) for rows in (first, second))
-        logits = first @ second.transpose(1, 2) / temperature
-    itself = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
-    left_out = (near | ~counted[:, None]) & ~itself
-    truth = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        logits = (first / temperature) @ second.transpose(1, 2)
+    place = torch.arange(logits.shape[1], device=logits.device)
+    left_out = (near | ~counted[:, None]) & (place != place[:, None])
     weight = counted / counted.sum(1, keepdim=True).clamp(min=1) / counted.any(1).sum().clamp(min=1)
 
     def mean(values: torch.Tensor) -> torch.Tensor:
         return (values * weight).sum()
 
-    directions = [each.masked_fill(left_out, -math.inf) for each in (logits, logits.transpose(1, 2))]
-    losses = [mean(functional.cross_entropy(each.transpose(1, 2), truth, reduction="none")) for each in directions]
-    hits = [mean((each.argmax(2) == truth).float()) for each in directions]
-    candidates = (~left_out).sum(2).float()
+    truth = logits.diagonal(dim1=1, dim2=2)
+    losses, hits = [], []
+    for axis, others in ((2, left_out), (1, left_out.transpose(1, 2))):
+        candidates = logits.masked_fill(others, -math.inf)
+        losses.append(mean(candidates.logsumexp(axis) - truth))
+        hits.append(mean((candidates.argmax(axis) == place).float()))
+    number = (~left_out).sum(2).float()
     metrics = {
-        "contrast_chance": mean(candidates.log()),
+        "contrast_chance": mean(number.log()),
         "accuracy": torch.stack(hits).mean(),
-        "accuracy_chance": mean(1 / candidates),
+        "accuracy_chance": mean(1 / number),
     }
     return torch.stack(losses).mean(), metrics
