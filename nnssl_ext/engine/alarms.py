@@ -62,6 +62,12 @@ class HealthConfig:
                 raise ValueError(f"health.{name}={getattr(self, name)} must be {least} or more.")
         if not 0 < self.flat_entropy <= 1:
             raise ValueError(f"health.flat_entropy={self.flat_entropy} must lie in (0, 1].")
+        for fail, warn in (("rank_fail", "rank_warn"), ("between_fail", "between")):
+            if getattr(self, fail) > getattr(self, warn):
+                raise ValueError(
+                    f"health.{fail}={getattr(self, fail)} must not exceed health.{warn}={getattr(self, warn)}: a run "
+                    "goes back only after the warning."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -329,3 +329,9 @@ def test_a_run_is_given_up_where_views_do_not_find_each_other(mean, low, num_cas
 def test_thresholds_out_of_range_are_named(field):
     with pytest.raises(ValueError, match=rf"health\.{field}=-1"):
         HealthConfig(**{field: -1})
+
+
+@pytest.mark.parametrize(("fail", "warn"), [("rank_fail", "rank_warn"), ("between_fail", "between")])
+def test_a_run_that_goes_back_was_warned_of(fail, warn):
+    with pytest.raises(ValueError, match=rf"health\.{fail}=0\.4 must not exceed health\.{warn}=0\.3"):
+        HealthConfig(**{warn: 0.3, fail: 0.4})
