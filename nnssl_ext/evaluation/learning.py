@@ -13,7 +13,7 @@ from nnssl_ext.evaluation.statistics import Array, bootstrap_interval, mean_over
 
 HIGHER_IS_BETTER = ("accuracy", "retrieval", "known", "dice", "iou", "hit", "rank", "agreement", "ncc")
 """In the names of metrics that rise; all others are errors."""
-_BEATEN = {"_chance": "", "_untouched": " over the damaged input", "_other_case": " by the second view"}
+_BEATEN = {"_chance": "", "_untouched": " beside the untouched input", "_other_case": " by the second view"}
 """Ends of the names of metrics that another one should beat, and what is then added to its name."""
 _STRICTER = tuple(words for words in _BEATEN.values() if words)
 """What is harder to beat than chance."""
@@ -90,8 +90,8 @@ def verdict(difference: Difference | None, gate: str) -> str:
 def pretext_metrics(epoch: Mapping[str, float]) -> dict[str, list[float]]:
     """The metrics of an epoch on held-out cases that have something to beat: name to value and that.
 
-    It is chance; of a method that undoes damage also the error of leaving it, and of one that restores by a second view
-    also its own error with another case's.
+    It is chance; of a method that undoes damage or a deformation also what leaving it gives, and of one that restores
+    by a second view also its own error with another case's.
 
     Args:
         epoch: A line of `metrics.jsonl`.
@@ -110,7 +110,7 @@ def gate(
     """Whether every seed beats chance on held-out cases, and the metrics beside their chance, for the table.
 
     It is `FAILED` where no metric beats its chance, whatever else it beats; `in part` where one does and another one
-    does not beat what it should: its chance, the damaged input, or the second view of another case.
+    does not beat what it should: its chance, the untouched input, or the second view of another case.
 
     Args:
         pretext: Of each seed: name to value and chance.

@@ -79,8 +79,8 @@ def test_only_seeds_that_both_arms_have_are_paired():
         ([{"accuracy": [0.5, 0.1]}], "passed"),
         ([{"accuracy": [0.05, 0.1]}], "failed"),
         ([{"mse": [0.5, 0.9], "accuracy": [0.05, 0.1]}], "in part"),
-        ([{"l1": [0.5, 0.9], "l1 over the damaged input": [0.5, 0.4]}], "in part"),
-        ([{"l1": [0.95, 0.9], "l1 over the damaged input": [0.95, 1.2]}], "failed"),
+        ([{"l1": [0.5, 0.9], "l1 beside the untouched input": [0.5, 0.4]}], "in part"),
+        ([{"l1": [0.95, 0.9], "l1 beside the untouched input": [0.95, 1.2]}], "failed"),
         ([{}], "no chance known"),
     ],
 )
@@ -98,7 +98,7 @@ def test_pretext_metrics_are_those_of_held_out_cases_with_something_to_beat():
     epoch = {"val_mse": 0.5, "val_mse_chance": 0.9, "val_mse_other_case": 0.6, "val_loss": 1.0, "train_mse": 0.4}
     epoch |= {"val_l1": 0.3, "val_l1_untouched": 0.4}
     monitors = {"train_mse_chance": 0.8, "same_case_retrieval": 0.5, "same_case_retrieval_chance": 0.1}
-    expected = {"mse": [0.5, 0.9], "l1 over the damaged input": [0.3, 0.4], "mse by the second view": [0.5, 0.6]}
+    expected = {"mse": [0.5, 0.9], "l1 beside the untouched input": [0.3, 0.4], "mse by the second view": [0.5, 0.6]}
     assert pretext_metrics(epoch | monitors) == expected
 
 
