@@ -1,4 +1,4 @@
-"""Logging to the terminal and a file, and progress bars that stay silent where nobody watches."""
+"""Logging to the terminal, and progress bars that stay silent where nobody watches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
-_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _MILLION = 1e6
 _SHORTEST = 1e-9
 LOG_SECONDS = 60.0
@@ -18,24 +16,14 @@ LOG_SECONDS = 60.0
 logger = logging.getLogger(__name__)
 
 
-def configure_logging(level: int = logging.INFO, file: Path | None = None) -> None:
-    """Sends the package's log to stderr and, if given, appends it to a file.
-
-    Args:
-        level: Lowest level shown.
-        file: A log file; its folder is made when needed.
-    """
+def configure_logging() -> None:
+    """Sends the package's log to stderr."""
     root = logging.getLogger("nnssl_ext")
-    root.setLevel(level)
+    root.setLevel(logging.INFO)
     if not any(type(handler) is logging.StreamHandler for handler in root.handlers):
         console = logging.StreamHandler(sys.stderr)
         console.setFormatter(logging.Formatter("%(message)s"))
         root.addHandler(console)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(file, encoding="utf-8")
-        handler.setFormatter(logging.Formatter(_FORMAT))
-        root.addHandler(handler)
 
 
 class Speed:
