@@ -34,14 +34,6 @@ from nnssl_ext.planners.architecture import Topology, resenc_architecture
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.planners.primus import primus_name
 
-RELEASED_KEYS = (
-    "network_weights",
-    "citations",
-    "nnssl_adaptation_plan",
-    "nnssl_plans",
-    "nnssl_pretraining",
-    "nnssl_content_hashes",
-)
 ARCHITECTURES = {
     "cnn": {"type": "Architecture", "name": "Residual encoder U-Net", "paper": "arXiv:2404.09556"},
     "vit": {"type": "Architecture", "name": "Primus", "paper": "arXiv:2503.01835"},
@@ -103,11 +95,6 @@ def _pathless(values: Any) -> Any:
     if isinstance(values, Mapping):
         return {name: _pathless(value) for name, value in values.items()}
     return None if isinstance(values, Path) else values
-
-
-def released(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a checkpoint that is worth giving away: without what only resuming needs."""
-    return {key: checkpoint[key] for key in RELEASED_KEYS}
 
 
 def citations(trainer: PretrainTrainer, backbone: str) -> list[dict[str, str]]:

@@ -15,6 +15,15 @@ from nnssl_ext.preprocessing.store import write_case
 from nnssl_ext.trainers.mae import MAETrainer
 
 RECIPE = ["block_size=4", "num_epochs=3", "steps_per_epoch=3", "val_steps_per_epoch=2", "val_fraction=0.3"]
+RELEASED_KEYS = {
+    "network_weights",
+    "citations",
+    "nnssl_adaptation_plan",
+    "nnssl_plans",
+    "nnssl_pretraining",
+    "nnssl_content_hashes",
+}
+"""Of a checkpoint in its released form."""
 
 
 def write_store(folder: Path, num_cases: int, cases_per_subject: int = 1, channels: int = 1) -> None:

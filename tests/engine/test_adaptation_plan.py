@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnssl_ext.engine.checkpoint import build_checkpoint, released, save_checkpoint
+from nnssl_ext.engine.checkpoint import build_checkpoint, save_checkpoint
 from nnssl_ext.trainers.mae import MAETrainer
 
 KEYS = {
@@ -51,8 +51,7 @@ def test_the_adaptation_plan_has_upstreams_keys_and_no_others(
 ) -> None:
     plan, trainer = request.getfixturevalue(fixture)(), MAETrainer.configured([], backbone)
     task = trainer.build_task(plan.configuration("3d_fullres"), num_cases=4)
-    content = build_checkpoint(task, trainer, plan, content_hashes=[], resume={"step": 3})
-    save_checkpoint(tmp_path / "checkpoint_final.pth", released(content))
+    save_checkpoint(tmp_path / "checkpoint_final.pth", build_checkpoint(task, trainer, plan, content_hashes=[]))
     saved = torch.load(tmp_path / "checkpoint_final.pth", weights_only=True)
     assert {"network_weights", "citations", "nnssl_adaptation_plan"} <= set(saved)
     found = saved["nnssl_adaptation_plan"]

@@ -12,14 +12,14 @@ import torch
 
 from nnssl_ext.core.lock import sole_writer
 from nnssl_ext.core.records import read_json
-from nnssl_ext.engine.checkpoint import RELEASED_KEYS, load_checkpoint
+from nnssl_ext.engine.checkpoint import load_checkpoint
 from nnssl_ext.engine.loop import Outcome, _judged, pretrain
 from nnssl_ext.engine.prepare import split_cases
 from nnssl_ext.engine.steps import Stepper, Validation
 from nnssl_ext.preprocessing.index import Index, read_index, write_index
 from nnssl_ext.preprocessing.store import Store
 from nnssl_ext.trainers.mae import MAE
-from tests.engine.conftest import RECIPE, write_store
+from tests.engine.conftest import RECIPE, RELEASED_KEYS, write_store
 
 EVERYTHING = {
     "checkpoint_best.pth",
@@ -157,7 +157,7 @@ def test_hashes_of_all_cases_are_recorded_without_their_names(make_spec):
 def test_the_finished_checkpoint_is_the_released_form(make_spec):
     spec = make_spec()
     pretrain(spec)
-    assert set(load_checkpoint(spec.folder / "checkpoint_final.pth")) == set(RELEASED_KEYS)
+    assert set(load_checkpoint(spec.folder / "checkpoint_final.pth")) == RELEASED_KEYS
     assert not (spec.folder / "checkpoint_latest.pth").exists()
 
 
