@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_ext.cli.common import command
+from nnssl_ext.cli.common import command, image_names
 
 if TYPE_CHECKING:
     from nnssl_ext.downstream.clustering import Mapper
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `nnssl_cluster`."""
     args = parser().parse_args(argv)
     files = [[Path(name) for name in image.split(",")] for image in args.images]
-    names = _names(files)
+    names = image_names(files, "they would be taken for one another")
     from nnssl_ext.core.logs import configure_logging
 
     configure_logging()
@@ -85,17 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         _predict(args, files, names)
 
 
-def _names(files: Sequence[Sequence[Path]]) -> list[str]:
-    """What each image is called: its file without ending and channel number."""
-    from nnssl_ext.imageio import file_ending_of
-
-    names = [image[0].name.removesuffix(file_ending_of(image[0])).removesuffix("_0000") for image in files]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"several images are called {twice[0]}, and would be taken for one another: rename one")
-    return names
-
-
 def _fit(args: argparse.Namespace, files: Sequence[Sequence[Path]], names: Sequence[str]) -> None:
     if args.per_case < 1:
         raise ValueError(f"--per_case {args.per_case} must be 1 or more")
@@ -103,13 +92,14 @@ def _fit(args: argparse.Namespace, files: Sequence[Sequence[Path]], names: Seque
         raise ValueError(f"--background_std {args.background_std} must be 0 or more")
     from nnssl_ext.core.logs import track
     from nnssl_ext.downstream.clustering import ModelMapper, drawn_voxels, fit_clusters, unfitted_clusters
+    from nnssl_ext.engine.device import resolve_device
     from nnssl_ext.models.cluster_model import save_clusters
 
     plans = (args.plans, args.c) if args.plans else None
     model, origin = unfitted_clusters(
         args.checkpoint, plans, args.module, args.level, args.num_clusters, args.upsampling, args.background_std
     )
-    model.to(_device(args.device))
+    model.to(resolve_device(args.device))
     mapper = ModelMapper(model, origin)
     samples = [
         drawn_voxels(_features(mapper, image, name), args.per_case, args.seed)
@@ -126,11 +116,12 @@ def _fit(args: argparse.Namespace, files: Sequence[Sequence[Path]], names: Seque
 def _predict(args: argparse.Namespace, files: Sequence[Sequence[Path]], names: Sequence[str]) -> None:
     from nnssl_ext.core.logs import track
     from nnssl_ext.downstream.clustering import cluster_map, load_mapper
+    from nnssl_ext.engine.device import resolve_device
     from nnssl_ext.engine.pictures import label_colours
     from nnssl_ext.imageio import read_image, write_segmentation
     from nnssl_ext.reports.planes import Row, draw_planes
 
-    mapper = load_mapper(args.model, args.module, _device(args.device))
+    mapper = load_mapper(args.model, args.module, str(resolve_device(args.device)))
     for image, name in track(zip(files, names, strict=True), len(files), "clusters"):
         features = _features(mapper, image, name)
         labels = cluster_map(mapper, features, args.background)
@@ -141,13 +132,6 @@ def _predict(args: argparse.Namespace, files: Sequence[Sequence[Path]], names: S
         draw_planes(rows, geometry, args.o / f"{name}_clusters.png")
         found = len(set(labels.ravel().tolist()) - {0})
         print(f"{args.o / name}_clusters.nii.gz: {found} of {mapper.num_clusters} clusters")
-
-
-def _device(name: str) -> str:
-    from nnssl_ext.engine.device import resolve_device
-    from nnssl_ext.engine.distributed import World
-
-    return str(resolve_device(name, World()))
 
 
 def _features(mapper: Mapper, image: Sequence[Path], name: str) -> FeatureMap:

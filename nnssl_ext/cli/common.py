@@ -6,6 +6,7 @@ import errno
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -42,6 +43,30 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             raise SystemExit(INTERRUPTED) from None
 
     return wrapped
+
+
+def image_name(file: Path) -> str:
+    """What an image is called: its file without ending and channel number."""
+    from nnssl_ext.imageio import file_ending_of
+
+    return file.name.removesuffix(file_ending_of(file)).removesuffix("_0000")
+
+
+def image_names(images: Sequence[Sequence[Path]], clash: str) -> list[str]:
+    """What each image is called, by the file of its first channel.
+
+    Args:
+        images: The files of each.
+        clash: What becomes of images of one name, for the message.
+
+    Raises:
+        ValueError: If two have one name.
+    """
+    names = [image_name(files[0]) for files in images]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"several images are called {twice[0]}: {clash}; rename one")
+    return names
 
 
 def record(dataset: str, program: str, argv: Sequence[str] | None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl_ext.cli.common import command
+from nnssl_ext.cli.common import command, image_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `nnssl_features`."""
     args = parser().parse_args(argv)
     files = [[Path(name) for name in image.split(",")] for image in args.images]
-    names = _names(files)
+    names = image_names(files, "their results would overwrite each other")
     masks: list[Path | None] = list(args.anonymization_masks) or [None] * len(files)
     if len(masks) != len(files):
         raise ValueError(f"{len(masks)} anonymization masks for {len(files)} images: give one per image, or none")
@@ -83,12 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nnssl_ext.downstream.features import dense_features
     from nnssl_ext.downstream.frozen import load_frozen
     from nnssl_ext.engine.device import resolve_device
-    from nnssl_ext.engine.distributed import World
     from nnssl_ext.models.backbone import is_transformer
 
     configure_logging()
     frozen = load_frozen(args.checkpoint)
-    frozen.encoder.to(resolve_device(args.device, World()))
+    frozen.encoder.to(resolve_device(args.device))
     maps, attention = [], []
     for image, mask, name in track(zip(files, masks, names, strict=True), len(files), "features"):
         volume = _volume(frozen, image, mask, name)
@@ -96,17 +95,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         attends = is_transformer(frozen.encoder)
         attention.append(dense_features(frozen, volume, what="attention", scratch=args.o) if attends else None)
     _write(args, files, maps, attention)
-
-
-def _names(files: Sequence[Sequence[Path]]) -> list[str]:
-    """What the results of each image are called: its file without ending and channel number."""
-    from nnssl_ext.imageio import file_ending_of
-
-    names = [image[0].name.removesuffix(file_ending_of(image[0])).removesuffix("_0000") for image in files]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"several images are called {twice[0]}: their results would overwrite each other; rename one")
-    return names
 
 
 def _volume(frozen: Frozen, image: Sequence[Path], mask: Path | None, name: str) -> Volume:

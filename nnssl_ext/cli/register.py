@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnssl_ext.cli.common import command
+from nnssl_ext.cli.common import command, image_name
 
 if TYPE_CHECKING:
     from nnssl_ext.downstream.registration import Describe, Image, Labels, Registered
@@ -85,9 +85,8 @@ def _features(args: argparse.Namespace, fixed: Image) -> tuple[Describe | None, 
     from nnssl_ext.downstream.frozen import load_frozen
     from nnssl_ext.downstream.registration import mean_spacing, mind_features, network_features
     from nnssl_ext.engine.device import resolve_device
-    from nnssl_ext.engine.distributed import World
 
-    device = resolve_device(args.device, World())
+    device = resolve_device(args.device)
     thick = [edge for edge, size in zip(fixed.geometry.spacing, fixed.voxels.shape[1:], strict=True) if size > 1]
     if args.checkpoint is None:
         return mind_features(device) if args.mind else None, mean_spacing(thick)
@@ -112,7 +111,7 @@ def _write(
     from nnssl_ext.imageio import write_image
     from nnssl_ext.imageio.layers import write_field
 
-    stem = f"{folder / _name(moving)}_to_{_name(fixed)}"
+    stem = f"{folder / image_name(Path(moving.name))}_to_{image_name(Path(fixed.name))}"
     write_field(found.field, fixed.geometry, Path(f"{stem}_field.nii.gz"))
     values, seen = sample_moving(moving.voxels, moving.geometry, found.field, fixed.geometry)
     warped = np.where(seen, values, 0).astype(np.float32)
@@ -123,12 +122,6 @@ def _write(
     if labels[0] is not None:
         _move_labels(labels[0], labels[1], moving, fixed, found, Path(f"{stem}_labels.nii.gz"))
     print(f"{stem}_field.nii.gz")
-
-
-def _name(image: Image) -> str:
-    from nnssl_ext.imageio import file_ending_of
-
-    return image.name.removesuffix(file_ending_of(Path(image.name))).removesuffix("_0000")
 
 
 def _move_labels(

@@ -19,8 +19,8 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str, world: World) -> torch.device:
-    """The torch device of a name; with several processes each takes the GPU of its local rank.
+def resolve_device(name: str, world: World | None = None) -> torch.device:
+    """The torch device of a name; in a world of several processes each takes the GPU of its local rank.
 
     Raises:
         ValueError: Where the device is unknown or not there.
@@ -33,7 +33,7 @@ def resolve_device(name: str, world: World) -> torch.device:
         return device
     if device.type != "cuda" or not torch.cuda.is_available():
         raise ValueError(f"Device {name!r} is not available: torch sees no CUDA GPU. Use -device cpu.")
-    index = world.local_rank if world.size > 1 else device.index or 0
+    index = world.local_rank if world and world.size > 1 else device.index or 0
     if index >= torch.cuda.device_count():
         raise ValueError(f"GPU {index} is not there: this machine has {torch.cuda.device_count()}.")
     return torch.device("cuda", index)
