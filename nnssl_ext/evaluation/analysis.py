@@ -33,6 +33,8 @@ class ScoreTable:
     cases: tuple[str, ...]
     folds: tuple[int, ...]
     """Fold in which each case was validated."""
+    patients: tuple[str, ...]
+    """The patient of each case."""
     seeds: tuple[int | None, ...]
 
 
@@ -60,6 +62,7 @@ def tabulate(scores: Iterable[CaseScores], metric: str, class_name: str) -> dict
 
 def _table(group: Sequence[CaseScores], metric: str, class_name: str) -> ScoreTable:
     fold_of = {score.case: score.fold for score in group}
+    patient_of = {score.case: score.patient or score.case for score in group}
     cases = sorted(fold_of)
     seeds = sorted({score.seed for score in group}, key=lambda seed: -1 if seed is None else seed)
     values = np.full((len(seeds), len(cases)), np.nan)
@@ -69,7 +72,13 @@ def _table(group: Sequence[CaseScores], metric: str, class_name: str) -> ScoreTa
             raise ValueError(f"case {score.case} was validated more than once by {score.arm} (seed {score.seed})")
         seen.add((score.seed, score.case))
         values[seeds.index(score.seed), cases.index(score.case)] = _value(score, metric, class_name)
-    return ScoreTable(values, tuple(cases), tuple(fold_of[case] for case in cases), tuple(seeds))
+    return ScoreTable(
+        values=values,
+        cases=tuple(cases),
+        folds=tuple(fold_of[case] for case in cases),
+        patients=tuple(patient_of[case] for case in cases),
+        seeds=tuple(seeds),
+    )
 
 
 def _value(score: CaseScores, metric: str, class_name: str) -> float:
@@ -110,14 +119,17 @@ def _summary(arm: str, size: NumTrain, metric: str, name: str, table: ScoreTable
         metric=metric,
         class_name=name,
         mean=float(known.mean()) if len(known) else None,
-        interval=statistics.bootstrap_interval(
-            units.values, units.folds, generator(BOOTSTRAP_SEED, "mean", metric, name)
-        ),
+        interval=_interval(units, "mean", metric, name),
         num_cases=len(known),
         num_seeds=len(table.seeds),
         fold_means=_means_of({int(f): _finite(per_case[folds == f]) for f in np.unique(folds)}),
         seed_means=_means_of({seed: row for seed, row in per_seed.items() if seed is not None}),
     )
+
+
+def _interval(units: ScoreTable, *draws: str) -> statistics.Interval | None:
+    random = generator(BOOTSTRAP_SEED, *draws)
+    return statistics.bootstrap_interval(units.values, units.folds, random, patients=units.patients)
 
 
 def _finite(values: statistics.Array) -> statistics.Array:
@@ -131,11 +143,11 @@ def _means_of(groups: Mapping[int, statistics.Array]) -> dict[int, float]:
 def compare(
     scores: Sequence[CaseScores], reference: str, names: Sequence[str], shared: Collection[str] = ()
 ) -> list[Comparison]:
-    """Every arm against the reference, paired per case, with Holm's correction; `names` as from `class_names`.
+    """Every arm against the reference, paired by case and tested over patients; `names` as from `class_names`.
 
-    There are two families of tests for each metric: the mean over classes (arms x sizes), on which the verdict stands,
-    and the single classes (arms x sizes x classes). In arms that are `shared` the seeds have a pretraining each, which
-    all folds share, so that the unit of luck is the seed.
+    Holm's correction has two families of tests for each metric: the mean over classes (arms x sizes), on which the
+    verdict stands, and the single classes (arms x sizes x classes). In arms that are `shared` the seeds have a
+    pretraining each, which all folds share, so that the unit of luck is the seed.
 
     Raises:
         ValueError: If an arm and the reference were not validated on the same cases.
@@ -176,22 +188,22 @@ def _paired(table: ScoreTable, base: ScoreTable) -> ScoreTable:
 
 
 def _comparison(arm: str, size: NumTrain, metric: str, name: str, pairs: ScoreTable) -> Comparison:
-    differences, random = pairs.values, generator(BOOTSTRAP_SEED, "difference", metric, name)
-    per_case = _finite(statistics.mean_over_seeds(differences))
-    gains = per_case if HIGHER_IS_BETTER[metric] else -per_case
+    per_case = statistics.mean_over_seeds(pairs.values)
+    known, per_patient = _finite(per_case), _finite(statistics.mean_over_patients(per_case, pairs.patients))
+    gains = per_patient if HIGHER_IS_BETTER[metric] else -per_patient
     return Comparison(
         arm=arm,
         num_train=size,
         metric=metric,
         class_name=name,
-        difference=float(per_case.mean()) if len(per_case) else None,
-        interval=statistics.bootstrap_interval(differences, pairs.folds, random),
-        p_value=statistics.wilcoxon(per_case),
+        difference=float(known.mean()) if len(known) else None,
+        interval=_interval(pairs, "difference", metric, name),
+        p_value=statistics.wilcoxon(per_patient),
         p_holm=None,
-        num_pairs=len(per_case),
+        num_pairs=len(per_patient),
         num_better=int((gains > 0).sum()),
         num_worse=int((gains < 0).sum()),
-        undecidable_below=statistics.undecidable_below(differences, pairs.folds),
+        undecidable_below=statistics.undecidable_below(pairs.values, pairs.folds),
     )
 
 

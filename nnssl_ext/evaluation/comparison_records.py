@@ -67,7 +67,7 @@ class RankedArm:
     interval: Interval
     seed_means: tuple[float, ...]
     probabilities: tuple[float, ...]
-    """Of each rank, the first one first: shares of the resamples of seeds and cases."""
+    """Of each rank, the first one first: shares of the resamples of seeds and patients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class Ranking:
     num_left_out: int
     pairs: tuple[Pair, ...]
     over_cases: RankTest | None
-    """Blocks are cases, averaged over seeds: speaks about the trained networks. Arms in the order of `arms`."""
+    """Blocks are patients, averaged over cases and seeds: speaks about the trained networks. In the order of `arms`."""
     over_seeds: RankTest | None
     """Blocks are seeds, averaged over cases: speaks about the methods."""
     sentences: tuple[str, ...]

@@ -2,11 +2,11 @@
 
 Three views, each conditional on something else:
 
-- The *two-level bootstrap* draws seeds and cases, the same ones for all arms, and says how often each arm gets each
+- The *two-level bootstrap* draws seeds and patients, the same ones for all arms, and says how often each arm gets each
   rank, and between what limits every difference lies. It speaks about methods, as far as a few seeds can; with two or
   three it is rather too sure, hence a difference must also exceed what the luck of the seeds could make: half of
   Student's interval for the pair, and Tukey's honest difference for all pairs at once.
-- *Friedman's test over cases* with *Nemenyi's critical difference* (Demsar 2006) speaks about the networks that were
+- *Friedman's test over patients* with *Nemenyi's critical difference* (Demsar 2006) speaks about the networks that were
   trained: another seed might rank them otherwise.
 - The same *over seeds* (means over cases as blocks) speaks about methods, and can hardly ever separate them: there are
   too few blocks.

@@ -16,7 +16,7 @@ from nnssl_ext.evaluation.comparison_records import MethodComparison, MethodResu
 from nnssl_ext.evaluation.comparison_tasks import Job, Machine, arm_pattern, random_key
 from nnssl_ext.evaluation.provenance import versions
 from nnssl_ext.evaluation.records import Evaluation
-from nnssl_ext.evaluation.statistics import Array
+from nnssl_ext.evaluation.statistics import Array, mean_over_patients
 from nnssl_ext.evaluation.verdict import listed
 
 
@@ -81,7 +81,12 @@ class _Table:
         ]
 
     def _dice(self, keys: Mapping[int, str]) -> dict[int, Array]:
-        return {seed: learning.case_dice(read_json(self.probes[key])["dice"]) for seed, key in keys.items()}
+        patients = self.planned.manifest.subjects()
+        records = {seed: read_json(self.probes[key]) for seed, key in keys.items()}
+        return {
+            seed: mean_over_patients(learning.case_dice(row["dice"]), [patients[case] for case in row["cases"]])
+            for seed, row in records.items()
+        }
 
     def _random(self, method: Method) -> dict[int, Array]:
         return self._dice({seed: random_key(method, seed) for seed in self.planned.settings.seeds})

@@ -10,18 +10,18 @@ import numpy as np
 from nnssl_ext.core.random import generator
 from nnssl_ext.evaluation import comparison_statistics as ranks
 from nnssl_ext.evaluation import statistics
-from nnssl_ext.evaluation.analysis import BOOTSTRAP_SEED, tabulate
+from nnssl_ext.evaluation.analysis import BOOTSTRAP_SEED, ScoreTable, tabulate
 from nnssl_ext.evaluation.comparison_records import Pair, RankedArm, Ranking
 from nnssl_ext.evaluation.records import MEAN_CLASS, CaseScores, Comparison, NumTrain
 from nnssl_ext.evaluation.statistics import Array
 from nnssl_ext.evaluation.verdict import HEADLINE_METRIC, SIGNIFICANCE, listed, size_text
 
 CONDITIONS = (
-    "Intervals and probabilities of ranks resample seeds (each a pretraining and its fine-tunings) and cases, the same "
-    "draws for all arms. They are conditional on this data, this budget and these settings; with two or three seeds "
-    "they are rather too narrow, so to count as decided a difference also has to exceed what the luck of the seeds "
-    "could make: half of Student's interval over seeds, and Tukey's honest difference over all pairs.",
-    "Wilcoxon's test, and Friedman's test with Nemenyi's critical difference over cases, are conditional on the "
+    "Intervals and probabilities of ranks resample seeds (each a pretraining and its fine-tunings) and patients, the "
+    "same draws for all arms. They are conditional on this data, this budget and these settings; with two or three "
+    "seeds they are rather too narrow, so to count as decided a difference also has to exceed what the luck of the "
+    "seeds could make: half of Student's interval over seeds, and Tukey's honest difference over all pairs.",
+    "Wilcoxon's test, and Friedman's test with Nemenyi's critical difference over patients, are conditional on the "
     "networks that were trained: they say nothing about what another seed would give.",
     "Friedman's test over seeds speaks about the methods, but its blocks are as few as the seeds.",
 )
@@ -41,7 +41,7 @@ def rank_arms(
         ValueError: If fewer than two cases have a score in all arms and seeds.
     """
     tables = tabulate(scores, HEADLINE_METRIC, MEAN_CLASS)
-    found = [_rank(size, {label: tables[arm, size].values for arm, label in labels.items()}) for size in sizes]
+    found = [_rank(size, {label: tables[arm, size] for arm, label in labels.items()}) for size in sizes]
     adjusted = iter(statistics.holm([pair.row.p_value for ranking in found for pair in ranking.pairs]))
     corrected = []
     for ranking in found:
@@ -53,16 +53,16 @@ def rank_arms(
     return tuple(corrected)
 
 
-def _rank(size: NumTrain, tables: Mapping[str, Array]) -> Ranking:
-    labels, everything = list(tables), np.stack(list(tables.values()))
+def _rank(size: NumTrain, tables: Mapping[str, ScoreTable]) -> Ranking:
+    labels, everything = list(tables), np.stack([table.values for table in tables.values()])
     known = ranks.complete(everything)
     if known.sum() < ranks.MIN_BLOCKS:
         raise ValueError(f"{int(known.sum())} cases have a Dice in every arm and seed; a ranking needs 2 or more")
-    scores = everything[:, :, known]
+    scores, patients = everything[:, :, known], np.array(next(iter(tables.values())).patients)[known]
     order = [int(index) for index in np.argsort(-scores.mean(axis=(1, 2)), kind="stable")]
     scores, labels = scores[order], [labels[index] for index in order]
     random = generator(BOOTSTRAP_SEED, "ranking", str(size))
-    means = statistics.bootstrap_means(scores, [0] * scores.shape[2], random, statistics.NUM_RESAMPLES)
+    means = statistics.bootstrap_means(scores, [0] * scores.shape[2], random, statistics.NUM_RESAMPLES, patients)
     probabilities = ranks.rank_probabilities(means)
     arms = [
         RankedArm(
@@ -75,37 +75,46 @@ def _rank(size: NumTrain, tables: Mapping[str, Array]) -> Ranking:
         for index, label in enumerate(labels)
     ]
     honest = ranks.honest_difference(scores)
-    pairs = [_pair(size, labels, scores, means, honest, *two) for two in ranks.pairs_of(range(len(labels)))]
+    over_patients = statistics.mean_over_patients(scores.mean(axis=1), patients)
+    pairs = [
+        _pair(size, labels, scores, over_patients, means, honest, *two) for two in ranks.pairs_of(range(len(labels)))
+    ]
     return Ranking(
         num_train=size,
         arms=tuple(arms),
         num_cases=int(known.sum()),
         num_left_out=len(known) - int(known.sum()),
         pairs=tuple(pairs),
-        over_cases=ranks.rank_test(scores.mean(axis=1)),
+        over_cases=ranks.rank_test(over_patients),
         over_seeds=ranks.rank_test(scores.mean(axis=2)),
         sentences=(),
     )
 
 
 def _pair(
-    size: NumTrain, labels: Sequence[str], scores: Array, means: Array, honest: float | None, first: int, second: int
+    size: NumTrain,
+    labels: Sequence[str],
+    scores: Array,
+    over_patients: Array,
+    means: Array,
+    honest: float | None,
+    first: int,
+    second: int,
 ) -> Pair:
-    differences = scores[first] - scores[second]
-    per_case = differences.mean(axis=0)
-    own = statistics.undecidable_below(differences, [0] * len(per_case))
+    differences, per_patient = scores[first] - scores[second], over_patients[first] - over_patients[second]
+    own = statistics.undecidable_below(differences, [0] * differences.shape[1])
     row = Comparison(
         arm=labels[first],
         num_train=size,
         metric=HEADLINE_METRIC,
         class_name=MEAN_CLASS,
-        difference=float(per_case.mean()),
+        difference=float(differences.mean()),
         interval=statistics.percentiles(means[:, first] - means[:, second]),
-        p_value=statistics.wilcoxon(per_case),
+        p_value=statistics.wilcoxon(per_patient),
         p_holm=None,
-        num_pairs=len(per_case),
-        num_better=int((per_case > 0).sum()),
-        num_worse=int((per_case < 0).sum()),
+        num_pairs=len(per_patient),
+        num_better=int((per_patient > 0).sum()),
+        num_worse=int((per_patient < 0).sum()),
         undecidable_below=None if own is None or honest is None else max(own, honest),
     )
     favour = ranks.seeds_in_favour(differences)
@@ -113,7 +122,7 @@ def _pair(
 
 
 def is_decided(row: Comparison) -> bool:
-    """Whether a difference is more than cases, tests and seeds can explain by chance: the rule of `verdict`."""
+    """Whether a difference is more than patients, tests and seeds can explain by chance: the rule of `verdict`."""
     limit = row.undecidable_below
     return (
         row.p_holm is not None
@@ -132,7 +141,7 @@ def sentences(ranking: Ranking) -> tuple[str, ...]:
     others = [arm.label for arm in ranking.arms[1:]]
     beaten = [label for label in others if _decided(ranking, top.label, label)]
     open_ = [label for label in others if label not in beaten]
-    what = "seeds and cases" if len(top.seed_means) > 1 else "cases"
+    what = "seeds and patients" if len(top.seed_means) > 1 else "patients"
     first = (
         f"With {size_text(ranking.num_train)} {top.label} has the highest mean Dice ({top.mean:.3f}) and comes first "
         f"in {share_text(top.probabilities[0])} of the resamples of {what}"

@@ -83,6 +83,8 @@ class CaseScores:
     fold: int
     case: str
     classes: dict[str, ClassScores]
+    patient: str | None = None
+    """None: the case is a patient of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +115,13 @@ class Comparison:
     class_name: str
     difference: float | None
     interval: Interval | None
-    """Bootstrap over seeds and cases."""
+    """Bootstrap over seeds and patients."""
     p_value: float | None
-    """Wilcoxon's signed-rank test over cases averaged over seeds."""
+    """Wilcoxon's signed-rank test over patients, whose cases and seeds are averaged."""
     p_holm: float | None
     """Corrected over the family of tests that this one belongs to."""
     num_pairs: int
+    """Patients."""
     num_better: int
     num_worse: int
     undecidable_below: float | None

@@ -78,6 +78,7 @@ def collect(prepared: Prepared, executor: Executor) -> tuple[list[Run], list[Cas
             raise ValueError(f"{result.key} could not be scored: {result.error}")
         scores[result.key] = result.value
     runs = [_run_record(run) for run in prepared.runs]
+    patients = prepared.manifest.subjects()
     rows = [
         CaseScores(
             arm=run.arm.name,
@@ -86,6 +87,7 @@ def collect(prepared: Prepared, executor: Executor) -> tuple[list[Run], list[Cas
             fold=run.fold,
             case=case,
             classes=scores[run.key][case],
+            patient=patients[case],
         )
         for run in prepared.runs
         for case in run.val_cases

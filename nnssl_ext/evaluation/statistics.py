@@ -1,16 +1,18 @@
-"""Paired statistics over cases and seeds: intervals, tests, correction, and what the trainings cannot decide.
+"""Paired statistics over patients and seeds: intervals, tests, correction, and what the trainings cannot decide.
 
-Scores come as arrays (seeds, cases). A case is the unit of pairing: arms are compared on the same case, after
-averaging the case over seeds. Two sources of chance stand behind a difference: which cases were looked at, and the luck
-of a training (initialisation, label subset, order of batches). The unit of that luck is one seed in one fold: the
-networks of two folds share nothing, although they share the number of a seed. A test over cases is conditional on the
-networks that were trained; only what resamples or compares seeds speaks about the method.
+Scores come as arrays (seeds, cases). Arms are compared on the same case, after averaging the case over seeds; the unit
+of chance is the patient, since the cases of one are alike. Two sources of chance stand behind a difference: which
+patients were looked at, and the luck of a training (initialisation, label subset, order of batches). The unit of that
+luck is one seed in one fold: the networks of two folds share nothing, although they share the number of a seed. A test
+over patients is conditional on the networks that were trained; only what resamples or compares seeds speaks about the
+method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +44,26 @@ def mean_over_seeds(scores: Array) -> Array:
     return np.divide(totals, counts, out=np.full(scores.shape[1], np.nan), where=counts > 0)
 
 
+def patient_numbers(patients: Sequence[str] | NDArray[Any]) -> NDArray[np.int_]:
+    """The patient of each case, numbered in the order of their first cases."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(patient, len(numbers)) for patient in patients])
+
+
+def mean_over_patients(scores: Array, patients: Sequence[str] | NDArray[Any]) -> Array:
+    """Mean of each patient over its defined cases: (..., cases) to (..., patients), NaN where there is none.
+
+    Args:
+        scores: (..., cases).
+        patients: The patient of each case; their order becomes that of the first cases.
+    """
+    numbers = patient_numbers(patients)
+    membership = (numbers[:, None] == np.unique(numbers)).astype(float)
+    defined = np.isfinite(scores)
+    totals, counts = np.where(defined, scores, 0.0) @ membership, defined @ membership
+    return np.divide(totals, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+
+
 def paired_differences(arm: Array, reference: Array) -> Array:
     """Arm minus reference, per seed and case.
 
@@ -64,26 +86,34 @@ def paired_differences(arm: Array, reference: Array) -> Array:
 
 
 def bootstrap_interval(
-    scores: Array, folds: Sequence[int], random: np.random.Generator, num_resamples: int = NUM_RESAMPLES
+    scores: Array,
+    folds: Sequence[int],
+    random: np.random.Generator,
+    num_resamples: int = NUM_RESAMPLES,
+    patients: Sequence[str] | NDArray[Any] | None = None,
 ) -> Interval | None:
-    """Two-level percentile bootstrap of the mean: seeds and cases are resampled with replacement.
+    """Two-level percentile bootstrap of the mean over cases: seeds and patients are resampled with replacement.
 
-    Within a fold they are crossed: every seed's network scores the same cases, so a drawn case is averaged over the
-    drawn seeds. Seeds are drawn for each fold by itself, cases over all folds. With one seed only cases are resampled.
+    Within a fold they are crossed: every seed's network scores the same cases, so a drawn patient's cases are averaged
+    over the drawn seeds. Seeds are drawn for each fold by itself, patients over all folds with all of their cases.
+    With one seed only patients are resampled.
 
     Args:
         scores: (seeds, cases), NaN where undefined.
         folds: Fold in which each case was validated, (cases,).
         random: Source of the draws.
         num_resamples: Number of resamples.
+        patients: The patient of each case; None: every case is another's.
 
     Returns:
-        The interval, or None with fewer than two cases.
+        The interval, or None with fewer than two patients.
     """
-    known = np.isfinite(scores).any(axis=0)
-    if known.sum() < 2:
+    known = np.asarray(np.isfinite(scores).any(axis=0))
+    chosen = (np.arange(len(known)) if patients is None else np.asarray(patients))[known]
+    if len(set(chosen.tolist())) < 2:
         return None
-    return percentiles(bootstrap_means(scores[None, :, known], np.asarray(folds)[known], random, num_resamples)[:, 0])
+    means = bootstrap_means(scores[None, :, known], np.asarray(folds)[known], random, num_resamples, chosen)
+    return percentiles(means[:, 0])
 
 
 def percentiles(means: Array) -> Interval:
@@ -94,24 +124,31 @@ def percentiles(means: Array) -> Interval:
 
 
 def bootstrap_means(
-    scores: Array, folds: Sequence[int] | NDArray[np.int_], random: np.random.Generator, num_resamples: int
+    scores: Array,
+    folds: Sequence[int] | NDArray[np.int_],
+    random: np.random.Generator,
+    num_resamples: int,
+    patients: Sequence[str] | NDArray[Any] | None = None,
 ) -> Array:
-    """Means of several arms over the same drawn seeds and cases; see `bootstrap_interval`.
+    """Means of several arms over the same drawn seeds and patients; see `bootstrap_interval`.
 
     Args:
         scores: (arms, seeds, cases), NaN where undefined.
         folds: Fold in which each case was validated, (cases,).
         random: Source of the draws.
         num_resamples: Number of resamples.
+        patients: The patient of each case; None: every case is another's.
 
     Returns:
         (resamples, arms), NaN where nothing that is defined was drawn.
     """
     fold_of, (num_arms, _, num_cases) = np.asarray(folds), scores.shape
+    numbers = np.arange(num_cases) if patients is None else patient_numbers(patients)
+    chances = np.full(numbers.max() + 1, 1 / (numbers.max() + 1))
     means = np.empty((num_resamples, num_arms))
     for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
         size = min(_RESAMPLES_AT_ONCE, num_resamples - start)
-        weights = random.multinomial(num_cases, np.full(num_cases, 1 / num_cases), size).astype(float)
+        weights = random.multinomial(len(chances), chances, size)[:, numbers].astype(float)
         per_case = np.empty((num_arms, size, num_cases))
         for fold in np.unique(fold_of):
             per_case[:, :, fold_of == fold] = _resampled_seeds(scores[:, :, fold_of == fold], random, size)

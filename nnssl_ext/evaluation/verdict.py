@@ -1,10 +1,10 @@
 """Did pretraining help, by how much, and how sure is that: numbers turned into sentences by written rules.
 
 An arm *helped* (or *hurt*) at a training set size when three things hold: the two-level bootstrap interval of the mean
-Dice difference excludes zero; the Holm-corrected Wilcoxon test over cases is under `SIGNIFICANCE`; and the difference
-is larger than the luck of the trainings explains (`undecidable_below`; a bootstrap of two or three seeds alone is too
-narrow). Else the matter is *undecided*. Where the comparison is *unfair* (the reference learned next to nothing, or was
-still rising), a gain is not called one.
+Dice difference excludes zero; the Holm-corrected Wilcoxon test over patients is under `SIGNIFICANCE`; and the
+difference is larger than the luck of the trainings explains (`undecidable_below`; a bootstrap of two or three seeds
+alone is too narrow). Else the matter is *undecided*. Where the comparison is *unfair* (the reference learned next to
+nothing, or was still rising), a gain is not called one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _judge_size(arm: Arm, reference: Arm, row: Comparison, means: dict[Key, Summ
     numbers = (
         f"With {size_text(row.num_train)} {arm.label} reached a mean Dice of {own:.3f} against {base:.3f} for "
         f"{reference.label}: {row.difference:+.3f}{_interval_text(row)}, {_p_text(row.p_holm)}, "
-        f"{row.num_pairs} paired cases ({row.num_better} better, {row.num_worse} worse)."
+        f"{row.num_pairs} paired patients ({row.num_better} better, {row.num_worse} worse)."
     )
     reason = _unfair(reference, base, (reference.name, row.num_train) in rising)
     if reason and outcome == "helped":
@@ -183,9 +183,9 @@ def certainty(rows: Sequence[Comparison], num_seeds: int) -> str:
         )
     rough = _FEW_SEEDS_NOTE if num_seeds < FEW_SEEDS else ""
     return (
-        f"{num_seeds} seeds stand behind this. The Wilcoxon test over cases speaks about these trained networks; the "
-        f"interval resamples seeds as well as cases. What {num_seeds} seeds cannot decide: Dice differences under "
-        f"{limits}; and a sign test over {num_seeds} seeds cannot give a p under "
+        f"{num_seeds} seeds stand behind this. The Wilcoxon test over patients speaks about these trained networks; "
+        f"the interval resamples seeds as well as patients. What {num_seeds} seeds cannot decide: Dice differences "
+        f"under {limits}; and a sign test over {num_seeds} seeds cannot give a p under "
         f"{statistics.sign_test_floor(num_seeds):g} even if every seed agrees.{rough}"
     )
 

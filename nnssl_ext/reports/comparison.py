@@ -87,7 +87,7 @@ def context(comparison: MethodComparison, evaluation: Evaluation) -> dict[str, A
 def _diagrams(ranking: Ranking) -> list[figures.Picture]:
     found = []
     if ranking.over_cases is not None:
-        title = f"{ranking.over_cases.num_blocks} cases as blocks: these networks"
+        title = f"{ranking.over_cases.num_blocks} patients as blocks: these networks"
         found.append(figures.critical_difference(ranking, ranking.over_cases, title))
     if ranking.over_seeds is not None:
         title = f"{ranking.over_seeds.num_blocks} seeds as blocks: the methods"
@@ -201,8 +201,8 @@ def markdown(comparison: MethodComparison, evaluation: Evaluation) -> str:
         " ".join(said),
         f"Budget {comparison.budget} a run, {seeds}, {len(comparison.folds)} of the folds of {comparison.dataset}; "
         f"pretrained on {comparison.pretrain_dataset}. Dice: foreground, whole volumes; probe: linear, on frozen "
-        "features. In brackets: 95% of a bootstrap over seeds and cases. A question mark: the interval holds zero, or "
-        "the difference is within the luck of the seeds.",
+        "features. In brackets: 95% of a bootstrap over seeds and patients. A question mark: the interval holds zero, "
+        "or the difference is within the luck of the seeds.",
         comparison.certainty,
         *(f"Warning: {warning}" for warning in comparison.warnings),
         *comparison.conditions,

@@ -86,6 +86,17 @@ def test_arms_of_different_cases_are_not_paired() -> None:
         compare(scores, "scratch", ["one"])
 
 
+def test_scans_of_one_patient_are_no_further_patients() -> None:
+    """Three like scans of each patient say what one says. Catches cases that are tested or drawn as if independent."""
+    scans = [replace(row, case=f"{row.case}_{n}", patient=row.case) for row in rows() for n in range(3)]
+    for once, thrice in zip(compare(rows(), "scratch", ["one"]), compare(scans, "scratch", ["one"]), strict=True):
+        assert (thrice.p_value, thrice.num_pairs, thrice.num_better) == (once.p_value, 8, once.num_better)
+        ends = [(row.difference, row.interval.low, row.interval.high, row.undecidable_below) for row in (once, thrice)]
+        assert ends[1] == pytest.approx(ends[0])
+    once, thrice = (next(row for row in summarise(scores, ["one"])) for scores in (rows(), scans))
+    assert (thrice.interval.low, thrice.interval.high) == pytest.approx((once.interval.low, once.interval.high))
+
+
 def test_an_undefined_score_drops_the_pair() -> None:
     scores = [
         scored("scratch", "case_0", None, 0.5) if (r.arm, r.case) == ("scratch", "case_0") else r for r in rows((0,))

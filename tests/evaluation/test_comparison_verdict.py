@@ -58,7 +58,7 @@ def test_one_seed_decides_nothing() -> None:
     assert not pair.decided
     assert single.rankings[0].over_seeds is None
     assert (
-        "comes first in all of the resamples of cases; it cannot be told from scratch"
+        "comes first in all of the resamples of patients; it cannot be told from scratch"
         in (single.rankings[0].sentences[0])
     )
     assert single.certainty.startswith("One seed stands behind this")
@@ -81,6 +81,19 @@ def test_cases_without_a_score_in_one_arm_are_left_out_for_all() -> None:
     known = [case for case in range(24) if case != 3]
     expected = fakes.cases_of(fakes.case_scores(sizes=(5,)), "scratch", 5)[:, known].mean()
     assert next(arm for arm in ranking.arms if arm.label == "scratch").mean == pytest.approx(expected)
+
+
+def test_scans_of_one_patient_are_no_further_blocks(comparison) -> None:
+    """Catches a ranking that tests, counts or draws cases where a patient has several."""
+    scans = [replace(row, case=f"{row.case}_{n}", patient=row.case) for row in fakes.case_scores() for n in range(2)]
+    labels = {f"ptPlans__{label}": label for label in fakes.LEVELS}
+    once, twice = comparison.rankings[0], comparison_verdict.rank_arms(scans, labels, (5, 20))[0]
+    assert (twice.num_cases, twice.over_cases.num_blocks) == (48, 24)
+    for one, two in zip(once.pairs, twice.pairs, strict=True):
+        assert (two.row.p_value, two.row.num_pairs) == (pytest.approx(one.row.p_value), 24)
+        assert (two.row.interval.low, two.row.interval.high) == pytest.approx(
+            (one.row.interval.low, one.row.interval.high)
+        )
 
 
 def test_rank_tests_stand_in_the_order_of_the_arms(comparison) -> None:

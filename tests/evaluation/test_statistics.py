@@ -35,6 +35,8 @@ def test_means_over_seeds_skip_undefined_scores() -> None:
     means = statistics.mean_over_seeds(scores)
     assert means[:2] == pytest.approx([0.3, 0.6])
     assert np.isnan(means[2])
+    patients = statistics.mean_over_patients(np.stack([means, [0.0, 1.0, 0.7]]), ["b", "a", "b"])
+    assert patients == pytest.approx(np.array([[0.3, 0.6], [0.35, 1.0]]))  # b comes first
 
 
 def test_one_seed_of_plain_nnunet_meets_every_seed_of_the_other_arm() -> None:

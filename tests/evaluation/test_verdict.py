@@ -52,7 +52,7 @@ def test_a_clear_gain() -> None:
     assert found.headline == "Pretraining helped with 5 training cases (+0.060 Dice)."
     assert found.sizes[0].sentence == (
         "With 5 training cases mae reached a mean Dice of 0.760 against 0.700 for scratch: +0.060 (95% interval +0.030 "
-        "to +0.090), corrected p = 0.002, 30 paired cases (25 better, 5 worse)."
+        "to +0.090), corrected p = 0.002, 30 paired patients (25 better, 5 worse)."
     )
 
 
