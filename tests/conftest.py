@@ -43,6 +43,7 @@ def tiny_plan() -> Callable[..., Plan]:
     """Makes plans of a residual U-Net of three stages, 4 to 16 features wide; a patch of two edges makes them 2D."""
     from nnssl_ext.planners.architecture import Topology, resenc_architecture
     from nnssl_ext.planners.plan import Plan
+    from nnssl_ext.planners.spacing import resampling_keys
 
     def make(patch_size: tuple[int, ...] = (16, 24, 8), channels: int = 1) -> Plan:
         dims = len(patch_size)
@@ -53,7 +54,6 @@ def tiny_plan() -> Callable[..., Plan]:
             divisor=(4,) * dims,
         )
         name = "2d" if dims == 2 else "3d_fullres"
-        resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
         configuration = {
             "data_identifier": f"nnsslPlans_{name}",
             "preprocessor_name": "DefaultPreprocessor",
@@ -63,12 +63,7 @@ def tiny_plan() -> Callable[..., Plan]:
             "spacing": [1.0] * dims,
             "normalization_schemes": ["ZScoreNormalization"] * channels,
             "use_mask_for_norm": [False] * channels,
-            "resampling_fn_data": "resample_data_or_seg_to_shape",
-            "resampling_fn_data_kwargs": resampling,
-            "resampling_fn_seg": "resample_data_or_seg_to_shape",
-            "resampling_fn_seg_kwargs": {**resampling, "is_seg": True, "order": 1},
-            "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
-            "resampling_fn_probabilities_kwargs": {**resampling, "order": 1},
+            **resampling_keys(kept=False),
             "architecture": resenc_architecture(topology, base_features=4, max_features=16, blocks=(1, 1, 1)),
             "batch_dice": False,
         }

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nnssl_ext.finetuning.pretrained import Pretrained
+from nnssl_ext.planners.spacing import resampling_keys
 
 Mode = Literal["like_pretrained", "default_nnunet", "fixed", "no_resample"]
 MODES: tuple[Mode, ...] = ("like_pretrained", "default_nnunet", "fixed", "no_resample")
@@ -154,31 +155,17 @@ def _per_channel(values: tuple[Any, ...], num_channels: int, pretrained: Pretrai
 
 
 def _resampling(pretrained: Pretrained, *, resample: bool) -> dict[str, Any]:
-    kinds = ("data", "seg", "probabilities")
+    keys = resampling_keys(kept=not resample)
     if not resample:
-        return {
-            **{f"resampling_fn_{kind}": NO_RESAMPLING_FUNCTION for kind in kinds},
-            **{f"resampling_fn_{kind}_kwargs": {} for kind in kinds},
-        }
+        return keys
     function = pretrained.configuration["resampling_fn_data"]
     if function not in RESAMPLING_FUNCTIONS:
         raise ValueError(
             f"the pretraining resampled with {function!r}, which the released nnU-Net does not have. Use "
             f"-m default_nnunet, -m no_resample, or pretrain with one of {', '.join(RESAMPLING_FUNCTIONS)}"
         )
-    settings: dict[str, Any] = {
-        "resampling_fn_data": function,
-        "resampling_fn_data_kwargs": dict(pretrained.configuration["resampling_fn_data_kwargs"]),
-    }
-    for kind in kinds[1:]:
-        settings[f"resampling_fn_{kind}"] = RESAMPLING_FUNCTIONS[0]
-        settings[f"resampling_fn_{kind}_kwargs"] = {
-            "is_seg": kind == "seg",
-            "order": 1,
-            "order_z": 0,
-            "force_separate_z": None,
-        }
-    return settings
+    arguments = dict(pretrained.configuration["resampling_fn_data_kwargs"])
+    return {**keys, "resampling_fn_data": function, "resampling_fn_data_kwargs": arguments}
 
 
 def _intensities(pretrained: Pretrained, schemes: Sequence[str], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
