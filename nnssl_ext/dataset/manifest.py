@@ -57,7 +57,6 @@ class Manifest:
     labels: dict[str, Label] | None
     """Name to value, or to the values of a region; None where the dataset has no labels at all."""
     cases: tuple[Case, ...]
-    regions_class_order: tuple[int, ...] | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -116,7 +115,6 @@ def write_dataset_json(
     file_ending: str,
     num_cases: int,
     labels: Mapping[str, Label] | None = None,
-    regions_class_order: Sequence[int] | None = None,
     dataset: Mapping[str, Mapping[str, Any]] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
@@ -128,7 +126,6 @@ def write_dataset_json(
         file_ending: Of images and labels, with the dot.
         num_cases: Training cases.
         labels: Name to value; without labels the background alone is named, which nnU-Net's tools require.
-        regions_class_order: nnU-Net's, needed with regions.
         dataset: nnU-Net's key for files referenced in place: case id to `{"images": [...], "label": ...}`.
         extra: Further keys, such as a licence.
     """
@@ -138,8 +135,6 @@ def write_dataset_json(
         "numTraining": num_cases,
         "file_ending": file_ending,
     }
-    if regions_class_order is not None:
-        content["regions_class_order"] = list(regions_class_order)
     content |= dict(extra or {})
     if dataset is not None:
         content["dataset"] = {case_id: dict(entry) for case_id, entry in dataset.items()}
@@ -160,7 +155,6 @@ def _from_dataset_json(folder: Path) -> Manifest:
     cases = find(folder, content, channels)
     if not cases:
         raise ValueError(f"{folder} holds no cases: {_where_cases_would_be(folder, content)}")
-    order = content.get("regions_class_order")
     return Manifest(
         dataset_name=folder.name,
         folder=folder,
@@ -168,7 +162,6 @@ def _from_dataset_json(folder: Path) -> Manifest:
         file_ending=content["file_ending"],
         labels=_labels(content.get("labels")),
         cases=tuple(sorted(cases, key=lambda case: case.case_id)),
-        regions_class_order=None if order is None else tuple(int(value) for value in order),
     )
 
 

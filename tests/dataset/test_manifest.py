@@ -98,11 +98,9 @@ def test_regions(tmp_path: Path) -> None:
         file_ending=".nii.gz",
         num_cases=1,
         labels={"background": 0, "whole": (1, 2, 3), "core": (2, 3)},
-        regions_class_order=(1, 3),
     )
     manifest = Manifest.load(folder)
     assert manifest.labels == {"background": 0, "whole": (1, 2, 3), "core": (2, 3)}
-    assert manifest.regions_class_order == (1, 3)
     assert manifest.label_values == {0, 1, 2, 3}
 
 
