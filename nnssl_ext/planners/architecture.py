@@ -85,15 +85,7 @@ def measure_unet(architecture: Mapping[str, Any], patch_size: Shape, num_channel
         patch_size: Voxels per axis.
         num_channels: Input channels.
         num_outputs: Output channels.
-
-    Raises:
-        ValueError: If the architecture is another one.
     """
-    if architecture["network_class_name"] != RESENC_CLASS:
-        raise ValueError(
-            f"the size of {architecture['network_class_name']} is not known, only that of {RESENC_CLASS}. "
-            "Set batch and patch size in the plans by hand"
-        )
     arch = architecture["arch_kwargs"]
     sizes = _stage_sizes(arch["strides"], patch_size)
     encoder_parameters, encoder_values = _measure_encoder(arch, sizes, num_channels)
