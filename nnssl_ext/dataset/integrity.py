@@ -19,28 +19,10 @@ MAX_SPACING_MM = 100.0
 """Ten centimetres between voxels: coarser than any scan that shows anatomy."""
 MAX_EXTENT_MM = 5000.0
 """Five metres: longer than a whole-body scan, so the spacing is in another unit."""
-KINDS = (
-    "missing",
-    "unreadable",
-    "empty",
-    "constant",
-    "non_finite",
-    "non_finite_zeroed",
-    "2d_among_3d",
-    "4d",
-    "spacing",
-    "channels",
-    "duplicate",
-    "label_missing",
-    "label_unreadable",
-    "label_geometry",
-    "label_values",
-)
-"""Every kind of problem."""
 USABLE_KINDS = frozenset(
     {"duplicate", "non_finite_zeroed", "label_missing", "label_unreadable", "label_geometry", "label_values"}
 )
-"""Those that leave the image fit for pretraining."""
+"""Of problems that leave the image fit for pretraining."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +33,7 @@ class Problem:
     file: Path
     reason: str
     kind: str
-    """One of `KINDS`."""
+    """In a word or two, such as `unreadable`."""
 
     def __str__(self) -> str:
         return f"{self.case_id}: {self.reason} [{self.kind}] ({self.file})"
