@@ -141,31 +141,32 @@ def _means_of(groups: Mapping[int, statistics.Array]) -> dict[int, float]:
 
 
 def compare(
-    scores: Sequence[CaseScores], reference: str, names: Sequence[str], shared: Collection[str] = ()
+    scores: Sequence[CaseScores], baselines: Mapping[str, str], names: Sequence[str], shared: Collection[str] = ()
 ) -> list[Comparison]:
-    """Every arm against the reference, paired by case and tested over patients; `names` as from `class_names`.
+    """Arms against their baselines, paired by case and tested over patients; `names` as from `class_names`.
 
     Holm's correction has two families of tests for each metric: the mean over classes (arms x sizes), on which the
     verdict stands, and the single classes (arms x sizes x classes). In arms that are `shared` the seeds have a
     pretraining each, which all folds share, so that the unit of luck is the seed.
 
     Raises:
-        ValueError: If an arm and the reference were not validated on the same cases.
+        ValueError: If an arm and its baseline were not validated on the same cases.
     """
     rows: list[Comparison] = []
     for metric in METRICS:
         for family in ([n for n in names if n == MEAN_CLASS], [n for n in names if n != MEAN_CLASS]):
-            rows += _correct([row for name in family for row in _comparisons(scores, reference, metric, name, shared)])
+            rows += _correct([row for name in family for row in _comparisons(scores, baselines, metric, name, shared)])
     return rows
 
 
 def _comparisons(
-    scores: Sequence[CaseScores], reference: str, metric: str, name: str, shared: Collection[str]
+    scores: Sequence[CaseScores], baselines: Mapping[str, str], metric: str, name: str, shared: Collection[str]
 ) -> list[Comparison]:
     tables = tabulate(scores, metric, name)
     rows = []
     for (arm, size), table in tables.items():
-        if arm == reference or (reference, size) not in tables:
+        reference = baselines.get(arm, "")
+        if (reference, size) not in tables:
             continue
         base = tables[reference, size]
         if table.cases != base.cases:

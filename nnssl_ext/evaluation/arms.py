@@ -32,11 +32,12 @@ _SAME_IN_ALL_ARMS = ("num_epochs", "iterations_per_epoch", "precision", "validat
 _EXPECTED_TO_DIFFER = ("splits", "seed", "pretrained_weights", "pretraining_content_hashes")
 _NO_INFLUENCE = ("val_iterations_per_epoch", "save_every", "validate_every")
 """Fine-tuning settings that change no weight."""
+ARCHITECTURE = "architecture"
 _NETWORK_KEYS = (
     "patch_size",
     "batch_size",
     "spacing",
-    "architecture",
+    ARCHITECTURE,
     "normalization_schemes",
     "use_mask_for_norm",
     "resampling_fn_data",
@@ -169,6 +170,31 @@ def choose_reference(arms: Sequence[PlannedArm], wanted: str | None) -> PlannedA
     return scratch[0]
 
 
+def baselines_of(arms: Sequence[PlannedArm], reference: PlannedArm, configuration: str) -> dict[str, PlannedArm]:
+    """What each arm but the reference is compared with, by its name.
+
+    It is the reference; but a pretrained arm whose network is another one's from scratch is compared with that.
+    """
+    scratch = [arm for arm in arms if arm.config is not None and not arm.pretrained]
+
+    def nearest(arm: PlannedArm) -> PlannedArm:
+        def distance(base: PlannedArm) -> tuple[bool, int]:
+            differing = differing_network(arm, base, configuration)
+            return ARCHITECTURE in differing, len(differing)
+
+        if not arm.pretrained or all(base is not reference for base in scratch):
+            return reference
+        return min([reference, *scratch], key=distance)
+
+    return {arm.name: nearest(arm) for arm in arms if arm is not reference}
+
+
+def differing_network(arm: PlannedArm, base: PlannedArm, configuration: str) -> list[str]:
+    """The parts of a configuration in which two arms differ."""
+    own, other = (a.plans["configurations"][configuration] for a in (arm, base))
+    return [key for key in _NETWORK_KEYS if own.get(key) != other.get(key)]
+
+
 def common_splits(arms: Sequence[PlannedArm]) -> tuple[Split, ...] | None:
     """The folds that all arms share, or None when every arm is plain nnU-Net (whose plans list no folds).
 
@@ -190,22 +216,26 @@ def _as_sets(arm: PlannedArm) -> list[tuple[frozenset[str], frozenset[str]]]:
     return [(frozenset(split.train), frozenset(split.val)) for split in splits]
 
 
-def check_fairness(arms: Sequence[PlannedArm], reference: PlannedArm, configuration: str) -> list[str]:
+def check_fairness(arms: Sequence[PlannedArm], baselines: Mapping[str, PlannedArm], configuration: str) -> list[str]:
     """Refuses arms that train for different lengths; returns warnings about other differences beside the pretraining.
 
+    Args:
+        arms: All arms.
+        baselines: As from `baselines_of`.
+        configuration: nnU-Net's configuration.
+
     Raises:
-        ValueError: If an arm's length of training or way of validation differs from the reference's.
+        ValueError: If an arm's length of training or way of validation differs from its baseline's.
     """
     warnings = []
-    for arm in all_starts(arm for arm in arms if arm is not reference):
+    compared = [(start, baselines[arm.name]) for arm in arms if arm.name in baselines for start in arm.starts]
+    for arm, base in compared:
         if arm.config is None:
             continue
-        recipe = _differing_recipe(arm, reference)
-        own, base = (a.plans["configurations"][configuration] for a in (arm, reference))
-        network = [key for key in _NETWORK_KEYS if own.get(key) != base.get(key)]
+        recipe, network = _differing_recipe(arm, base), differing_network(arm, base, configuration)
         if recipe or network:
             warnings.append(
-                f"{arm.label} and {reference.label} differ in {', '.join([*network, *recipe])} besides the "
+                f"{arm.label} and {base.label} differ in {', '.join([*network, *recipe])} besides the "
                 "pretraining, so a difference between them is not the pretraining's alone."
             )
     return list(dict.fromkeys(warnings))
@@ -284,14 +314,22 @@ def refuse_leaks(arms: Sequence[PlannedArm], hashes: Mapping[str, Sequence[str]]
     ]
 
 
-def describe_arm(arm: PlannedArm, reference: PlannedArm, pretraining_run: Path | None, commands: Sequence[str]) -> Arm:
-    """The arm as it goes into `evaluation.json`."""
-    role: Role = "reference" if arm is reference else "arm" if arm.config is not None else "plain"
+def describe_arm(
+    arm: PlannedArm,
+    base: PlannedArm | None,
+    configuration: str,
+    pretraining_run: Path | None,
+    commands: Sequence[str],
+) -> Arm:
+    """The arm as it goes into `evaluation.json`; `base` is what it is compared with, None for the reference."""
+    role: Role = "reference" if base is None else "arm" if arm.config is not None else "plain"
     return Arm(
         name=arm.name,
         role=role,
         trainer=arm.trainer,
         pretrained=arm.pretrained,
+        baseline=base.name if base else "",
+        other_network=base is not None and ARCHITECTURE in differing_network(arm, base, configuration),
         pretrained_per_seed=bool(arm.per_seed),
         label=arm.label,
         weights=arm.config.pretrained_weights if arm.config else None,

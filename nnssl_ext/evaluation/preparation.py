@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class EvaluationSettings:
     """Training set sizes as shares of a fold's training cases; instead of `num_train`."""
     seeds: tuple[int, ...] = (0,)
     reference: str | None = None
-    """Plans name of the arm to compare with; None: the one planned from scratch."""
+    """Plans name of the arm to compare with; None: the one planned from scratch. See `arms.baselines_of`."""
     tolerance_mm: float = DEFAULT_TOLERANCE_MM
     """Surface tolerance of NSD."""
     plain_trainer: str = arms.PLAIN_TRAINER
@@ -69,6 +70,8 @@ class Prepared:
     """Where the evaluation is written."""
     arms: tuple[PlannedArm, ...]
     reference: PlannedArm
+    baselines: Mapping[str, PlannedArm]
+    """What every other arm is compared with, by name."""
     splits: tuple[Split, ...]
     folds: tuple[int, ...]
     num_train: tuple[NumTrain, ...]
@@ -120,7 +123,8 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
         sizes = tuple(folds.sizes_from_fractions(settings.fractions, chosen_splits))
     folds.check_sizes(sizes, chosen_splits)
     arms.check_plain(planned, sizes)
-    warnings = arms.check_fairness(planned, reference, settings.configuration)
+    baselines = arms.baselines_of(planned, reference, settings.configuration)
+    warnings = arms.check_fairness(planned, baselines, settings.configuration)
     cases = sorted({case for split in chosen_splits for case in (*split.train, *split.val)})
     hashes = content_hashes(manifest, cases, executor, preprocessed / HASHES_FILE)
     refuse_copies(hashes, dict(zip(chosen, chosen_splits, strict=True)))
@@ -143,6 +147,7 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
         folder=results_root() / preprocessed.name / EVALUATIONS_FOLDER / name,
         arms=planned,
         reference=reference,
+        baselines=baselines,
         splits=splits,
         folds=chosen,
         num_train=sizes,

@@ -34,6 +34,10 @@ class Arm:
     """`reference` (what the others are compared with), `arm`, or `plain` (stock nnU-Net: unseeded, all labels only)."""
     trainer: str
     pretrained: bool
+    baseline: str = ""
+    """Name of the arm that it is compared with; empty: the reference, or it is that itself."""
+    other_network: bool = False
+    """Whether its network is another than its baseline's."""
     label: str = ""
     """Short name for tables and figures."""
     weights: str | None = None
@@ -107,7 +111,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """An arm against the reference on the same cases: difference = arm minus reference."""
+    """An arm against its baseline on the same cases: difference = arm minus baseline."""
 
     arm: str
     num_train: NumTrain
@@ -192,6 +196,10 @@ class Evaluation:
     def arm(self, name: str) -> Arm:
         """An arm by name."""
         return next(arm for arm in self.arms if arm.name == name)
+
+    def baseline(self, name: str) -> Arm:
+        """The arm that an arm is compared with."""
+        return self.arm(self.arm(name).baseline or self.reference.name)
 
     def summary(self, arm: str, num_train: NumTrain, metric: str, class_name: str = MEAN_CLASS) -> Summary | None:
         """The summary of an arm at a size, or None where the arm was not run at it."""

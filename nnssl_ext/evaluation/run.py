@@ -130,10 +130,10 @@ def conclude(prepared: Prepared, runs: Sequence[Run], scores: Sequence[CaseScore
     settings, classes = prepared.settings, prepared.classes
     names = analysis.class_names(classes)
     reference_first = sorted(prepared.arms, key=lambda arm: arm is not prepared.reference)
-    described = tuple(_describe(arm, prepared.reference) for arm in reference_first)
+    described = tuple(_describe(arm, prepared) for arm in reference_first)
     shared = {arm.name for arm in prepared.arms if arm.per_seed}
     summaries = analysis.summarise(scores, names, shared)
-    comparisons = analysis.compare(scores, prepared.reference.name, names, shared)
+    comparisons = analysis.compare(scores, {k: v.name for k, v in prepared.baselines.items()}, names, shared)
     trends = analysis.judge_convergence(runs)
     evaluation = Evaluation(
         name=prepared.folder.name,
@@ -159,9 +159,9 @@ def conclude(prepared: Prepared, runs: Sequence[Run], scores: Sequence[CaseScore
     return replace(evaluation, warnings=(*prepared.warnings, *verdict.warnings_about(evaluation, len(prepared.splits))))
 
 
-def _describe(arm: PlannedArm, reference: PlannedArm) -> Arm:
-    pretraining_run = find_pretraining_run(arm)
-    return describe_arm(arm, reference, pretraining_run, commands_of(arm, pretraining_run))
+def _describe(arm: PlannedArm, prepared: Prepared) -> Arm:
+    run, base = find_pretraining_run(arm), prepared.baselines.get(arm.name)
+    return describe_arm(arm, base, prepared.settings.configuration, run, commands_of(arm, run))
 
 
 def evaluate(

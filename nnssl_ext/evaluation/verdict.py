@@ -3,8 +3,8 @@
 An arm *helped* (or *hurt*) at a training set size when three things hold: the two-level bootstrap interval of the mean
 Dice difference excludes zero; the Holm-corrected Wilcoxon test over patients is under `SIGNIFICANCE`; and the
 difference is larger than the luck of the trainings explains (`undecidable_below`; a bootstrap of two or three seeds
-alone is too narrow). Else the matter is *undecided*. Where the comparison is *unfair* (the reference learned next to
-nothing, or was still rising), a gain is not called one.
+alone is too narrow). Else the matter is *undecided*. Where the comparison is *unfair* (the arm compared with learned
+next to nothing, or was still rising), a gain is not called one.
 """
 
 from __future__ import annotations
@@ -48,17 +48,18 @@ def decide(
     trends: Sequence[Convergence],
     num_seeds: int,
 ) -> list[Verdict]:
-    """One verdict per arm that is compared with the reference."""
-    reference = next(arm for arm in arms if arm.role == "reference")
+    """One verdict per arm that is compared with another one."""
+    reference, named = next(arm for arm in arms if arm.role == "reference"), {arm.name: arm for arm in arms}
     means = {(s.arm, s.num_train): s for s in summaries if (s.metric, s.class_name) == (HEADLINE_METRIC, MEAN_CLASS)}
-    rising = {(c.arm, c.num_train) for c in trends if c.trend.state == "rising"}
+    rising = still_rising(trends)
     headline = [c for c in comparisons if (c.metric, c.class_name) == (HEADLINE_METRIC, MEAN_CLASS)]
     verdicts = []
     for arm in arms:
         rows = [row for row in headline if row.arm == arm.name]
         if rows:
-            sizes = tuple(_judge_size(arm, reference, row, means, rising) for row in rows)
-            verdicts.append(_judge_arm(arm, reference, sizes, rows, num_seeds))
+            base = named.get(arm.baseline, reference)
+            sizes = tuple(_judge_size(arm, base, row, means, rising) for row in rows)
+            verdicts.append(_judge_arm(arm, base, sizes, rows, num_seeds))
     return verdicts
 
 
@@ -73,7 +74,7 @@ def _judge_size(arm: Arm, reference: Arm, row: Comparison, means: dict[Key, Summ
         f"{reference.label}: {row.difference:+.3f}{_interval_text(row)}, {_p_text(row.p_holm)}, "
         f"{row.num_pairs} paired patients ({row.num_better} better, {row.num_worse} worse)."
     )
-    reason = _unfair(reference, base, (reference.name, row.num_train) in rising)
+    reason = unfair_to(reference.label, base, (reference.name, row.num_train) in rising)
     if reason and outcome == "helped":
         return SizeVerdict(num_train=row.num_train, outcome="unfair", sentence=f"{numbers} {reason}")
     tail = ""
@@ -106,15 +107,21 @@ def _within_luck(row: Comparison) -> bool:
     return limit is not None and row.difference is not None and abs(row.difference) <= limit
 
 
-def _unfair(reference: Arm, mean: float, rising: bool) -> str:
+def still_rising(trends: Sequence[Convergence]) -> set[Key]:
+    """The arms and sizes that had not finished learning."""
+    return {(row.arm, row.num_train) for row in trends if row.trend.state == "rising"}
+
+
+def unfair_to(label: str, mean: float, rising: bool) -> str:
+    """Why a gain over a baseline is none, from its mean Dice and whether it was still rising; empty: it is one."""
     if mean < NEAR_ZERO_DICE:
         return (
-            f"{reference.label} learned next to nothing there (Dice under {NEAR_ZERO_DICE}), "
+            f"{label} learned next to nothing there (Dice under {NEAR_ZERO_DICE}), "
             "so the difference compares nothing with something: train longer, or check its learning rate."
         )
     if rising:
         return (
-            f"{reference.label} was still rising when it stopped, "
+            f"{label} was still rising when it stopped, "
             "so the difference may be speed of training rather than its end: train longer."
         )
     return ""
@@ -127,7 +134,8 @@ def _judge_arm(
     for size, row in zip(sizes, rows, strict=True):
         groups.setdefault(_finding(size.outcome, row), []).append(row)
     parts = [_clause(finding, groups[finding]) for finding in _CLAUSES if finding in groups]
-    subject = "Pretraining" if arm.pretrained and not reference.pretrained else arm.label
+    alike = not (reference.pretrained or arm.other_network)
+    subject = "Pretraining" if arm.pretrained and alike else arm.label
     outcomes = {size.outcome for size in sizes}
     return Verdict(
         arm=arm.name,
@@ -213,12 +221,12 @@ def _p_text(p: float | None) -> str:
 def warnings_about(evaluation: Evaluation, num_planned_folds: int) -> list[str]:
     """What a reader has to know before believing the numbers."""
     warnings = convergence_warnings(evaluation.convergence, {arm.name: arm.label for arm in evaluation.arms})
-    reference = evaluation.reference
-    for size in evaluation.num_train:
-        row = evaluation.summary(reference.name, size, HEADLINE_METRIC)
+    bases = {evaluation.reference.name, *(arm.baseline for arm in evaluation.arms)}
+    for arm, size in ((arm, size) for arm in evaluation.arms if arm.name in bases for size in evaluation.num_train):
+        row = evaluation.summary(arm.name, size, HEADLINE_METRIC)
         if row is not None and row.mean is not None and row.mean < NEAR_ZERO_DICE:
             warnings.append(
-                f"{reference.label} has a mean Dice of {row.mean:.3f} with {size_text(size)}: it learned "
+                f"{arm.label} has a mean Dice of {row.mean:.3f} with {size_text(size)}: it learned "
                 "next to nothing, so nothing can be compared with it."
             )
     if len(evaluation.folds) < num_planned_folds:

@@ -17,6 +17,7 @@ from nnssl_ext.evaluation.comparison_records import (
 )
 from nnssl_ext.evaluation.learning import Difference
 from nnssl_ext.evaluation.records import Evaluation, NumTrain
+from nnssl_ext.evaluation.verdict import still_rising, unfair_to
 from nnssl_ext.reports import comparison_figures as figures
 from nnssl_ext.reports.page import fill
 from nnssl_ext.reports.tables import DASH, interval, number, p_text
@@ -147,18 +148,19 @@ def _cells(comparison: MethodComparison, evaluation: Evaluation, row: MethodResu
         dice_interval=interval(arm.interval),
         difference=number(difference, signed=True),
         difference_interval=" to ".join(number(end, signed=True) for end in ends),
-        outcome=_outcome(pair, ahead, evaluation, row.arm, size),
+        outcome=_outcome(pair, ahead, ranking, comparison.method(row.scratch), evaluation),
     )
 
 
-def _outcome(pair: Pair, ahead: bool, evaluation: Evaluation, arm: str | None, size: NumTrain) -> str:
-    """What the difference to no pretraining says: the pair's decision, unless the evaluation calls it unfair."""
-    verdicts = [v for verdict in evaluation.verdicts if verdict.arm == arm for v in verdict.sizes]
-    if any(v.num_train == size and v.outcome == "unfair" for v in verdicts):
-        return OUTCOMES["unfair"]
+def _outcome(pair: Pair, ahead: bool, ranking: Ranking, scratch: MethodResult, evaluation: Evaluation) -> str:
+    """What the difference to its own network from scratch says: the pair's decision, unless it is unfair."""
     if not pair.decided:
         return OUTCOMES["undecided"]
-    return OUTCOMES["helped" if ahead else "hurt"]
+    if not ahead:
+        return OUTCOMES["hurt"]
+    mean = next(arm.mean for arm in ranking.arms if arm.label == scratch.label)
+    rising = (scratch.arm, ranking.num_train) in still_rising(evaluation.convergence)
+    return OUTCOMES["unfair" if unfair_to(scratch.label, mean, rising) else "helped"]
 
 
 def pair_rows(ranking: Ranking) -> list[tuple[str, ...]]:

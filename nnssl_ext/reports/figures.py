@@ -130,9 +130,9 @@ def rows_of(sizes: Sequence[NumTrain]) -> list[Sequence[NumTrain]]:
 
 
 def paired_cases(evaluation: Evaluation, arm: str, sizes: Sequence[NumTrain], metric: str = "dice") -> Picture:
-    """Every case once per size: reference against arm, and the sorted differences beneath."""
+    """Every case once per size: an arm's baseline against it, and the sorted differences beneath."""
     tables = tabulate(evaluation.cases, metric, MEAN_CLASS)
-    reference = evaluation.reference
+    reference = evaluation.baseline(arm)
     colour = arm_colours(evaluation.arms)[arm]
     with drawing(*_panel_size(len(sizes), 1.75)) as figure:
         pairs = _pairs_of_axes(figure, len(sizes), [1.55, 1])

@@ -71,7 +71,7 @@ def cards(evaluation: Evaluation, verdict: Verdict) -> list[Card]:
     """The sizes of a verdict with their headline numbers."""
     rows = []
     for size in verdict.sizes:
-        base = evaluation.summary(evaluation.reference.name, size.num_train, "dice")
+        base = evaluation.summary(evaluation.baseline(verdict.arm).name, size.num_train, "dice")
         own = evaluation.summary(verdict.arm, size.num_train, "dice")
         row = evaluation.comparison(verdict.arm, size.num_train, "dice")
         rows.append(
@@ -88,7 +88,7 @@ def cards(evaluation: Evaluation, verdict: Verdict) -> list[Card]:
 
 
 def scores(evaluation: Evaluation, metric: str) -> list[ScoreRow]:
-    """Every arm's mean and difference to the reference, by size and class."""
+    """Every arm's mean and difference to its baseline, by size and class."""
     rows: list[ScoreRow] = []
     for size in evaluation.num_train:
         names = class_names(evaluation.classes)

@@ -105,10 +105,10 @@ def make_comparison(levels=LEVELS, sizes=(5, 20), seeds=SEEDS, **scores) -> Meth
     )
 
 
-def evaluation(*outcomes: tuple[str, int, str]) -> SimpleNamespace:
-    """What the report asks of an evaluation: verdicts, as (arm, size, outcome)."""
-    sizes = {arm: [SimpleNamespace(num_train=n, outcome=o) for a, n, o in outcomes if a == arm] for arm, *_ in outcomes}
-    return SimpleNamespace(verdicts=[SimpleNamespace(arm=arm, sizes=rows) for arm, rows in sizes.items()])
+def evaluation(*rising: tuple[str, int]) -> SimpleNamespace:
+    """What the report asks of an evaluation: which arms were still rising, at which size."""
+    trend = SimpleNamespace(state="rising")
+    return SimpleNamespace(convergence=[SimpleNamespace(arm=arm, num_train=size, trend=trend) for arm, size in rising])
 
 
 def cases_of(rows: list[CaseScores], arm: str, size: int) -> np.ndarray:

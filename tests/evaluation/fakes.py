@@ -45,7 +45,8 @@ def splits(num_folds: int = 3) -> tuple[Split, ...]:
 def make_plans(root: Path, name: str, **settings) -> Path:
     """Plans of one arm; `settings` go into its fine-tuning record, `None` makes plans of plain nnU-Net."""
     path = root / "preprocessed" / DATASET / f"{name}.json"
-    configuration = {"patch_size": [8, 16, 16], "batch_size": 2, "spacing": [2.0, 1.0, 1.0], "architecture": {}}
+    configuration = {"patch_size": [8, 16, 16], "batch_size": 2, "spacing": [2.0, 1.0, 1.0]}
+    configuration["architecture"] = settings.pop("architecture", {})
     plans = {"plans_name": name, "dataset_name": DATASET, "configurations": {"3d_fullres": configuration}}
     if settings.pop("plain", False):
         write_json(path, plans)

@@ -8,6 +8,7 @@ from nnssl_ext.evaluation.analysis import class_names, compare, judge_convergenc
 from nnssl_ext.evaluation.metrics import ClassScores
 from nnssl_ext.evaluation.records import MEAN_CLASS, CaseScores, Curve, Run
 
+BASELINES = {"mae": "scratch"}
 CASES = tuple(f"case_{i}" for i in range(8))
 
 
@@ -63,7 +64,7 @@ def test_summaries_average_seeds_then_cases() -> None:
 
 
 def test_comparisons_pair_cases_and_correct_each_family_by_itself() -> None:
-    found = {(c.metric, c.class_name): c for c in compare(rows(), "scratch", ["mean", "one", "two"])}
+    found = {(c.metric, c.class_name): c for c in compare(rows(), BASELINES, ["mean", "one", "two"])}
     mean, one, two = (found["dice", name] for name in ("mean", "one", "two"))
     assert 0.05 < one.difference < 0.15
     assert mean.difference == pytest.approx(one.difference / 2)
@@ -75,7 +76,7 @@ def test_comparisons_pair_cases_and_correct_each_family_by_itself() -> None:
 
 
 def test_a_smaller_hausdorff_distance_is_better() -> None:
-    row = next(c for c in compare(rows(), "scratch", ["one"]) if c.metric == "hd95")
+    row = next(c for c in compare(rows(), BASELINES, ["one"]) if c.metric == "hd95")
     assert row.difference < 0
     assert (row.num_better, row.num_worse) == (8, 0)
 
@@ -83,13 +84,13 @@ def test_a_smaller_hausdorff_distance_is_better() -> None:
 def test_arms_of_different_cases_are_not_paired() -> None:
     scores = [row for row in rows() if not (row.arm == "mae" and row.case == "case_3")]
     with pytest.raises(ValueError, match=r"not validated on the same cases with 5 training cases .1 differ.*case_3"):
-        compare(scores, "scratch", ["one"])
+        compare(scores, BASELINES, ["one"])
 
 
 def test_scans_of_one_patient_are_no_further_patients() -> None:
     """Three like scans of each patient say what one says. Catches cases that are tested or drawn as if independent."""
     scans = [replace(row, case=f"{row.case}_{n}", patient=row.case) for row in rows() for n in range(3)]
-    for once, thrice in zip(compare(rows(), "scratch", ["one"]), compare(scans, "scratch", ["one"]), strict=True):
+    for once, thrice in zip(compare(rows(), BASELINES, ["one"]), compare(scans, BASELINES, ["one"]), strict=True):
         assert (thrice.p_value, thrice.num_pairs, thrice.num_better) == (once.p_value, 8, once.num_better)
         ends = [(row.difference, row.interval.low, row.interval.high, row.undecidable_below) for row in (once, thrice)]
         assert ends[1] == pytest.approx(ends[0])
@@ -101,12 +102,12 @@ def test_an_undefined_score_drops_the_pair() -> None:
     scores = [
         scored("scratch", "case_0", None, 0.5) if (r.arm, r.case) == ("scratch", "case_0") else r for r in rows((0,))
     ]
-    row = next(c for c in compare(scores, "scratch", ["one"]) if c.metric == "dice")
+    row = next(c for c in compare(scores, BASELINES, ["one"]) if c.metric == "dice")
     assert row.num_pairs == 7
 
 
 def test_the_same_scores_give_the_same_intervals() -> None:
-    first, second = (compare(rows(), "scratch", ["one"]) for _ in range(2))
+    first, second = (compare(rows(), BASELINES, ["one"]) for _ in range(2))
     assert first == second
     own = tabulate(rows(), "dice", "one")
     differences = own["mae", 5].values - own["scratch", 5].values
@@ -135,7 +136,7 @@ def test_a_single_seed_on_one_side_leaves_the_luck_of_its_training_unknown() -> 
     scores = [
         row if row.arm == "scratch" else replace(row, seed=None) for row in rows() if (row.arm, row.seed) != ("mae", 1)
     ]
-    row = next(c for c in compare(scores, "scratch", ["one"]) if c.metric == "dice")
+    row = next(c for c in compare(scores, BASELINES, ["one"]) if c.metric == "dice")
     table = tabulate(scores, "dice", "one")
     averaged = table["mae", 5].values - table["scratch", 5].values.mean(axis=0)
     assert row.difference == pytest.approx(averaged.mean())

@@ -320,6 +320,28 @@ def test_two_scratch_arms_need_a_reference(world: SimpleNamespace) -> None:
     assert evaluation.reference.name == "ptPlans__scratch2"
 
 
+def test_an_arm_of_another_network_is_compared_with_its_own_from_scratch(world: SimpleNamespace) -> None:
+    """Catches a transformer whose gain is read off a U-Net."""
+    vit = {"architecture": {"network_class_name": "Primus"}}
+    fakes.make_plans(world.root, "ptPlans__scratch-vit", **vit)
+    fakes.make_plans(world.root, "ptPlans__mae-vit", pretrained_weights="x.pth", **vit)
+    names = ("scratch", "scratch-vit", "mae", "mae-vit")
+    settings = replace(SETTINGS, plans=tuple(f"ptPlans__{name}" for name in names), reference="scratch")
+    evaluation, _ = run(settings)
+    bases = {arm.label: evaluation.baseline(arm.name).label for arm in evaluation.arms if arm.role != "reference"}
+    assert bases == {"scratch-vit": "scratch", "mae": "scratch", "mae-vit": "scratch-vit"}
+    tables = analysis.tabulate(evaluation.cases, "dice", MEAN_CLASS)
+    gain = tables["ptPlans__mae-vit", "all"].values - tables["ptPlans__scratch-vit", "all"].values
+    assert evaluation.comparison("ptPlans__mae-vit", "all", "dice").difference == pytest.approx(gain.mean())
+    verdicts = {verdict.arm: verdict.headline.split()[0] for verdict in evaluation.verdicts}
+    assert verdicts["ptPlans__mae-vit"] == verdicts["ptPlans__mae"] == "Pretraining"
+    assert verdicts["ptPlans__scratch-vit"] == "scratch-vit"
+    (differ,) = (warning for warning in evaluation.warnings if "differ in" in warning)
+    assert differ.startswith("scratch-vit and scratch differ in architecture ")
+    alone = prepare(replace(settings, plans=("ptPlans__scratch", "ptPlans__mae-vit")), InlineExecutor())
+    assert alone.baselines["ptPlans__mae-vit"].name == "ptPlans__scratch"
+
+
 def test_a_subset_of_folds_is_said_openly(world: SimpleNamespace) -> None:
     evaluation, _ = run(replace(SETTINGS, folds=(1,)))
     assert any("Only 1 of 3 folds" in warning for warning in evaluation.warnings)

@@ -146,6 +146,13 @@ def test_an_arm_without_pretraining_is_called_by_its_name() -> None:
     assert found.headline == "nnUNetPlans helped with 5 training cases (+0.060 Dice)."
 
 
+def test_a_network_of_another_kind_is_called_by_its_name() -> None:
+    """Catches a difference of networks that is called one of pretraining."""
+    other = replace(MAE, other_network=True)
+    (found,) = decide([SCRATCH, other], [summary("s", 0.7), summary("m", 0.8)], [CLEAR], [], 3)
+    assert found.headline == "mae helped with 5 training cases (+0.060 Dice)."
+
+
 def test_one_seed_speaks_about_the_networks_only() -> None:
     text = certainty([CLEAR], 1)
     assert "each fold was trained once, and the tests speak about these trained networks" in text

@@ -170,7 +170,7 @@ def test_one_fold_one_seed_one_class_still_make_a_report(evaluation: Evaluation)
     ]
     names = analysis.class_names({"inner": (1,)})
     summaries = tuple(analysis.summarise(scores, names))
-    comparisons = tuple(analysis.compare(scores, evaluation.reference.name, names))
+    comparisons = tuple(analysis.compare(scores, {arm.name: arm.baseline for arm in evaluation.arms}, names))
     small = replace(
         evaluation,
         folds=(0,),
