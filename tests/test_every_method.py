@@ -7,12 +7,12 @@ it goes on where it stopped, and that nnU-Net takes what it made.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -155,6 +155,22 @@ def test_settings_and_idea_are_documented(trainer):
     assert trainer.task.info.paper
     assert trainer.task.info.encoders <= {"cnn", "vit"}
     assert all(row.doc for row in describe(trainer))
+
+
+@pytest.mark.parametrize("name", TRAINERS.names())
+def test_every_number_set_refuses_nan(name):
+    """Catches a setting that is checked by `value < least`, or not at all: NaN passes, and the run learns nothing."""
+    records = [TRAINERS.get(name)()]
+    for record in records:
+        records += [value for value in vars(record).values() if is_dataclass(value)]
+        for setting, hint in get_type_hints(type(record)).items():
+            value = getattr(record, setting)
+            if "float" in str(hint) and not isinstance(value, Mapping | str):
+                several = value if isinstance(value, tuple) else (value,)
+                for place in range(len(several)):
+                    bad = (*several[:place], math.nan, *several[place + 1 :])
+                    with pytest.raises(ValueError, match=f"{setting}=.*nan"):
+                        replace(record, **{setting: bad if isinstance(value, tuple) else math.nan})
 
 
 def test_encoder_is_found_by_name(trainer, plan):

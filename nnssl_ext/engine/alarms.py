@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from nnssl_ext.core.checks import at_least, within
+
 Response = Literal["sharpen", "soften", "spread", "anchor"]
 """What the monitor may ask of a task: `sharpen` flat targets (a slower centre, the teacher's first temperature, at last
 fewer prototypes); `soften` targets that are all the same (centre momentum .99, a temperature .01 higher); `spread` the
@@ -56,14 +58,11 @@ class HealthConfig:
     """Most automatic interventions of a run, 0 or more."""
 
     def __post_init__(self) -> None:
-        least_of = {"every": 1, "queue": 8, "min_cases": 3, "max_interventions": 0, "flat_steps": 1}
-        for name, least in {**least_of, "min_steps_to_stop": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"health.{name}={getattr(self, name)} must be {least} or more.")
-        if not 0 < self.flat_entropy <= 1:
-            raise ValueError(f"health.flat_entropy={self.flat_entropy} must lie in (0, 1].")
+        at_least(self, "health.", every=1, queue=8, min_cases=3, max_interventions=0, flat_steps=1, min_steps_to_stop=0)
+        at_least(self, "health.", high_entropy=0, information=0, information_share=0, token_spread=0)
+        within(self, "(0, 1]", "health.flat_entropy")
         for fail, warn in (("rank_fail", "rank_warn"), ("between_fail", "between")):
-            if getattr(self, fail) > getattr(self, warn):
+            if not getattr(self, fail) <= getattr(self, warn):
                 raise ValueError(
                     f"health.{fail}={getattr(self, fail)} must not exceed health.{warn}={getattr(self, warn)}: a run "
                     "goes back only after the warning."

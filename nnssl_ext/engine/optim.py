@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import above_zero, at_least, within
+
 Role = Literal["encoder", "rest"]
 GroupKey = tuple[Role, bool, float]
 MOST_BY_SIZE = 10.0
@@ -47,16 +49,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adamw"):
             raise ValueError(f"optim.name={self.name!r} is unknown: use 'sgd' or 'adamw'.")
-        for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be above 0.")
-        if self.lr_size is not None and not self.lr_size > 0:
-            raise ValueError(f"optim.lr_size={self.lr_size} must be above 0, or None.")
-        for name in ("weight_decay", "clip", "final_weight_decay"):
-            if not (getattr(self, name) or 0) >= 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be 0 or more.")
-        if not all(0 <= value < 1 for value in (self.momentum, *self.betas)):
-            raise ValueError(f"optim.momentum={self.momentum} and optim.betas={self.betas} must lie in [0, 1).")
+        above_zero(self, "optim.lr", "optim.eps")
+        within(self, "(0, inf)", "optim.lr_size", note=", or be None")
+        at_least(self, "optim.", weight_decay=0, clip=0, final_weight_decay=0)
+        within(self, "[0, 1)", "optim.momentum", "optim.betas")
         if self.name == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov=True needs optim.momentum above 0; set optim.nesterov=False to use none.")
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.core.checks import at_least
 from nnssl_ext.core.random import generator
 from nnssl_ext.core.records import to_dict, write_json
 from nnssl_ext.dataset.splits import Split
@@ -76,15 +77,7 @@ class RunSettings:
     """Whether to write TensorBoard events."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("save_every", 1),
-            ("picture_every", 1),
-            ("num_workers", 0),
-            ("seed", 0),
-            ("probe_every", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
+        at_least(self, save_every=1, picture_every=1, num_workers=0, seed=0, probe_every=0)
 
 
 @dataclass(frozen=True, kw_only=True)

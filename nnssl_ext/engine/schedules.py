@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from nnssl_ext.core.checks import above_zero, at_least, within
 from nnssl_ext.engine.optim import Role
 
 
@@ -36,14 +37,9 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.name not in ("poly", "cosine", "constant", "sawtooth"):
             raise ValueError(f"schedule.name={self.name!r} is unknown: use 'poly', 'cosine', 'constant' or 'sawtooth'.")
-        for name in ("warmup_steps", "head_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"schedule.{name}={getattr(self, name)} must be 0 or more.")
-        for name in ("warmup_share", "warmup_limit", "final_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"schedule.{name}={getattr(self, name)} must lie in [0, 1].")
-        if not self.exponent > 0:
-            raise ValueError(f"schedule.exponent={self.exponent} must be above 0.")
+        at_least(self, "schedule.", warmup_steps=0, head_steps=0)
+        within(self, "[0, 1]", "schedule.warmup_share", "schedule.warmup_limit", "schedule.final_factor")
+        above_zero(self, "schedule.exponent")
 
 
 def poly(step: int, total: int, exponent: float = 0.9) -> float:

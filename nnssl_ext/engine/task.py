@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import at_least, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.core.records import apply_overrides
 from nnssl_ext.core.registry import Registry
@@ -282,15 +283,9 @@ class PretrainTrainer:
         dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "steps_per_epoch", "val_steps_per_epoch", "accumulate", "crops_per_case"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(
-                f"val_fraction={self.val_fraction} must lie in (0, 1): validation needs held-out patients."
-            )
-        if not 0 <= self.min_foreground <= 1:
-            raise ValueError(f"min_foreground={self.min_foreground} must lie in [0, 1].")
+        at_least(self, num_epochs=1, steps_per_epoch=1, val_steps_per_epoch=1, accumulate=1, crops_per_case=1)
+        within(self, "(0, 1)", "val_fraction", note=": validation needs held-out patients")
+        within(self, "[0, 1]", "min_foreground")
         if self.sham and self.crops_per_case > 1:
             raise ValueError(
                 f"crops_per_case={self.crops_per_case} does not go with a sham: the other case that it takes its "

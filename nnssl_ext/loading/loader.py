@@ -112,7 +112,7 @@ class PatchLoader:
             ("parent_scale", parent_scale, 1.0),
             ("crops_per_case", crops_per_case, 1),
         ):
-            if value < least:
+            if not value >= least:
                 raise ValueError(f"{argument}={value} must be {least} or more.")
         _check_cases(store, [*case_ids, *partners], needs)
         self.store, self.needs, self.name = store, needs, name

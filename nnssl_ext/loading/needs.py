@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from nnssl_ext.core.checks import at_least
+
 Shared = Literal["modality", "session"]
 
 
@@ -22,9 +24,7 @@ class DataNeeds:
     `session`: co-registered images of one session, cropped at the same place; None: nothing, any different cases."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        at_least(self, channels=1, images=1)
         if self.same not in (None, *get_args(Shared)):
             raise ValueError(f"same={self.same!r} must be one of {', '.join(get_args(Shared))} or None.")
         if self.same is not None and self.images == 1:

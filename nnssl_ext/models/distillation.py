@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nnssl_ext.core.checks import above_zero, at_least, within
 from nnssl_ext.models.ema import ema_momentum
 
 Centring = Literal["softmax", "sinkhorn"]
@@ -51,20 +52,10 @@ class DistillationConfig:
     """Optimiser steps in which prototypes rest, 0 or more; at most a tenth of the run."""
 
     def __post_init__(self) -> None:
-        for name in ("centre_momentum", "ema", "short_ema"):
-            value = getattr(self, name)
-            if not all(0 <= each < 1 for each in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name}={value} must lie in [0, 1): at 1 nothing would ever move.")
-        for name in ("student_temperature", "teacher_temperature"):
-            value = getattr(self, name)
-            if not all(each > 0 for each in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name}={value} must be above 0.")
-        if self.prototypes is not None and self.prototypes < 2:
-            raise ValueError(f"prototypes={self.prototypes} must be 2 or more.")
-        if not 0 <= self.temperature_ramp <= 1:
-            raise ValueError(f"temperature_ramp={self.temperature_ramp} must lie in [0, 1].")
-        if min(self.short_run, self.freeze_steps) < 0:
-            raise ValueError(f"short_run={self.short_run} and freeze_steps={self.freeze_steps} must be 0 or more.")
+        within(self, "[0, 1)", "centre_momentum", "ema", "short_ema", note=": at 1 nothing would ever move")
+        above_zero(self, "student_temperature", "teacher_temperature")
+        within(self, "[0, 1]", "temperature_ramp")
+        at_least(self, prototypes=2, short_run=0, freeze_steps=0)
 
     def pace(self, step: int, total: int) -> Pace:
         """What holds after step `step`, from 0, of `total`."""

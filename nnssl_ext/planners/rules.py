@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from nnssl_ext.core.checks import above_zero, at_least, within
 from nnssl_ext.planners.architecture import RESENC_CLASS, Size, Topology, measure_unet
 from nnssl_ext.planners.primus import PRIMUS_CLASS, measure_primus
 
@@ -42,10 +43,9 @@ class StepCost:
     """Share of its tokens that a transformer's encoder sees, in (0, 1]; a U-Net sees every voxel."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.tokens <= 1:
-            raise ValueError(f"tokens={self.tokens} must lie in (0, 1]")
-        if self.views <= 0 or self.copies < 1:
-            raise ValueError(f"a step has more than 0 views and at least 1 copy, not {self.views} and {self.copies}")
+        within(self, "(0, 1]", "tokens")
+        above_zero(self, "views")
+        at_least(self, copies=1)
 
 
 def estimate_memory(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnssl_ext.core.checks import above_zero, at_least
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -58,10 +59,8 @@ class CPCConfig:
     """How intensities change in training: brightness and contrast of each box on its own, the rest of the crop."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0.")
-        if self.width < 1:
-            raise ValueError(f"width={self.width} must be 1 or more.")
+        above_zero(self, "temperature")
+        at_least(self, width=1)
 
 
 class CPC(PretextTask):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -76,21 +77,13 @@ class CroCoConfig:
     positions."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio} must lie in (0, 1).")
+        within(self, "(0, 1)", "mask_ratio")
         if self.pair not in ("crop", "session"):
             raise ValueError(f"pair={self.pair!r} must be 'crop' or 'session'.")
-        if not self.parent_scale >= 1:
-            raise ValueError(f"parent_scale={self.parent_scale} must be 1 or more.")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale} must be two numbers in (0, 1], the smaller one first.")
-        if not 0 <= self.shift < 1:
-            raise ValueError(f"shift={self.shift} must lie in [0, 1): the two views must overlap.")
-        if self.decoder_depth < 1:
-            raise ValueError(f"decoder_depth={self.decoder_depth} must be 1 or more.")
-        if not self.decoder_heads > 0:
-            raise ValueError(f"decoder_heads={self.decoder_heads} must be above 0.")
+        at_least(self, parent_scale=1, decoder_depth=1)
+        rising(self, "(0, 1]", "crop_scale")
+        within(self, "[0, 1)", "shift", note=": the two views must overlap")
+        above_zero(self, "decoder_heads")
 
 
 class CroCo(PretextTask):

@@ -20,6 +20,7 @@ from math import prod
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.monitors import token_spread
 from nnssl_ext.engine.optim import OptimConfig
@@ -90,16 +91,11 @@ class DenseContrastiveConfig:
     """Weight of the mirror image beside the place itself, above 0. Neither published nor measured."""
 
     def __post_init__(self) -> None:
-        for name, least in (("positions", 2), ("width", 1), ("parent_scale", 1), ("background_std", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0.")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale} must be two numbers in (0, 1], the smaller one first.")
-        if not 0 <= self.shift < 1:
-            raise ValueError(f"shift={self.shift} must lie in [0, 1): the two views must overlap.")
+        at_least(self, positions=2, width=1, parent_scale=1, background_std=0)
+        above_zero(self, "temperature", "mirror_weight")
+        rising(self, "(0, 1]", "crop_scale")
+        within(self, "[0, 1)", "shift", note=": the two views must overlap")
+        within(self, "(-inf, inf)", "mid_plane")
         if self.spatial.elastic:
             raise ValueError(f"spatial.elastic={self.spatial.elastic} must be 0: its inverse is not known.")
         if self.mirror and (self.mirror_axis is None or self.mid_plane is None):
@@ -107,8 +103,6 @@ class DenseContrastiveConfig:
                 "mirror=True needs a known mid-plane: give its axis and place, the same in all images, as --set "
                 "mirror_axis=2 mid_plane=90.5, or lay the images upon one template first. Else leave mirror=False"
             )
-        if not self.mirror_weight > 0:
-            raise ValueError(f"mirror_weight={self.mirror_weight} must be above 0.")
 
 
 class DenseContrastive(PretextTask):

@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.core.ranks import num_ranks, rank
 from nnssl_ext.engine.alarms import Response
@@ -95,10 +96,10 @@ class DINOConfig(DistillationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.layer_decay <= 1 or not self.stem_lr > 0:
-            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1], stem_lr={self.stem_lr} be above 0.")
-        if not 0 <= self.final_share < 1 or self.final_scale < 1:
-            raise ValueError(f"final_share={self.final_share} must lie in [0, 1), final_scale={self.final_scale} >= 1.")
+        within(self, "(0, 1]", "layer_decay")
+        above_zero(self, "stem_lr")
+        within(self, "[0, 1)", "final_share")
+        at_least(self, final_scale=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +127,9 @@ class DINOv2Config(DINOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("ibot_weight", "koleo_weight", "gram_weight", "ibot_queue", "koleo_queue"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
-        low, high = self.mask_ratio
-        if not 0 < low <= high < 1:
-            raise ValueError(f"mask_ratio={(low, high)} must be two numbers in (0, 1), the smaller one first.")
-        if self.mask_block < 1:
-            raise ValueError(f"mask_block={self.mask_block} must be 1 or more.")
-        if not 0 <= self.gram_start <= 1:
-            raise ValueError(f"gram_start={self.gram_start} must lie in [0, 1].")
+        at_least(self, ibot_weight=0, koleo_weight=0, gram_weight=0, ibot_queue=0, koleo_queue=0, mask_block=1)
+        rising(self, "(0, 1)", "mask_ratio")
+        within(self, "[0, 1]", "gram_start")
 
 
 class DINO(PretextTask):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -62,14 +63,9 @@ class ExemplarConfig:
     """Of the embeddings, 1 or more."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.margin < 4:
-            raise ValueError(f"margin={self.margin} must lie in (0, 4): so far apart can embeddings of length 1 be.")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale} must be two numbers in (0, 1], the smaller one first.")
-        for name in ("hidden_width", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        within(self, "(0, 4)", "margin", note=": so far apart can embeddings of length 1 be")
+        rising(self, "(0, 1]", "crop_scale")
+        at_least(self, hidden_width=1, width=1)
 
 
 class Exemplar(PretextTask):

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.task import (
@@ -71,20 +72,10 @@ class InpaintingConfig:
     """How crops are flipped, rotated and scaled in training, before they are damaged."""
 
     def __post_init__(self) -> None:
-        for name in ("windows", "shuffle"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
-        for name in ("boxes", "cubes", "cube_edge"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        for name in ("hole_sides", "window_sides"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name}={(low, high)} must be two numbers in (0, 1], the smaller one first.")
-        if self.contrast_weight < 0:
-            raise ValueError(f"contrast_weight={self.contrast_weight} must be 0 or more.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0.")
+        within(self, "[0, 1]", "windows", "shuffle")
+        at_least(self, boxes=1, cubes=1, cube_edge=1, contrast_weight=0)
+        rising(self, "(0, 1]", "hole_sides", "window_sides")
+        above_zero(self, "temperature")
 
 
 class Inpainting(PretextTask):

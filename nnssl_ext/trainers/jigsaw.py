@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnssl_ext.core.checks import at_least
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -50,9 +51,7 @@ class JigsawConfig:
     """How intensities change in training: brightness and contrast of each box on its own, the rest of the crop."""
 
     def __post_init__(self) -> None:
-        for name, least in (("permutations", 2), ("hidden_width", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
+        at_least(self, permutations=2, hidden_width=1)
 
 
 class Jigsaw(PretextTask):

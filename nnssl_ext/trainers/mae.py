@@ -18,6 +18,7 @@ from math import prod
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import above_zero, at_least, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
@@ -52,14 +53,9 @@ class MAEConfig:
     """How crops are flipped, rotated and scaled in training."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio} must lie in (0, 1).")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be 1 or more.")
-        if self.decoder_depth < 1:
-            raise ValueError(f"decoder_depth={self.decoder_depth} must be 1 or more.")
-        if not self.decoder_heads > 0:
-            raise ValueError(f"decoder_heads={self.decoder_heads} must be above 0.")
+        within(self, "(0, 1)", "mask_ratio")
+        at_least(self, block_size=1, decoder_depth=1)
+        above_zero(self, "decoder_heads")
 
 
 class MAE(PretextTask):

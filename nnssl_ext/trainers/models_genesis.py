@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
@@ -60,17 +61,10 @@ class ModelsGenesisConfig:
     """How crops are flipped, rotated and scaled in training, before they are damaged."""
 
     def __post_init__(self) -> None:
-        for name in ("shuffle", "bend", "paint", "outer"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
-        if not 0 < self.shuffle_side <= 1:
-            raise ValueError(f"shuffle_side={self.shuffle_side} must lie in (0, 1].")
-        if self.boxes < 1:
-            raise ValueError(f"boxes={self.boxes} must be 1 or more.")
-        for name in ("inner_sides", "outer_sides"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name}={(low, high)} must be two numbers in (0, 1], the smaller one first.")
+        within(self, "[0, 1]", "shuffle", "bend", "paint", "outer")
+        within(self, "(0, 1]", "shuffle_side")
+        at_least(self, boxes=1)
+        rising(self, "(0, 1]", "inner_sides", "outer_sides")
 
 
 class ModelsGenesis(PretextTask):

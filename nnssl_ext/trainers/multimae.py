@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnssl_ext.core.checks import at_least, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -68,11 +69,8 @@ class MultiMAEConfig:
     """How crops are flipped, rotated and scaled in training."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio} must lie in (0, 1).")
-        for name in ("decoder_depth", "decoder_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        within(self, "(0, 1)", "mask_ratio")
+        at_least(self, decoder_depth=1, decoder_width=1)
 
 
 class MultiMAE(PretextTask):

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.core.ranks import num_ranks, rank
 from nnssl_ext.engine.alarms import Response
@@ -97,22 +98,11 @@ class PatchClusteringConfig:
     stay as they are."""
 
     def __post_init__(self) -> None:
-        least_of = {"prototypes": 2, "width": 1, "places": 1, "tokens_per_prototype": 0, "parent_scale": 1}
-        for name, least in {**least_of, "background_std": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
-        for name in ("temperature", "target_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        for name in ("least_overlap", "least_occupancy"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1].")
-        for name in ("shift", "freeze_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1).")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale} must be two numbers in (0, 1], the smaller one first.")
+        at_least(self, prototypes=2, width=1, places=1, tokens_per_prototype=0, parent_scale=1, background_std=0)
+        above_zero(self, "temperature", "target_temperature")
+        within(self, "[0, 1]", "least_overlap", "least_occupancy")
+        within(self, "[0, 1)", "shift", "freeze_share")
+        rising(self, "(0, 1]", "crop_scale")
         if self.spatial.elastic:
             raise ValueError(f"spatial.elastic={self.spatial.elastic} must be 0: its inverse is not known.")
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnssl_ext.core.checks import at_least, rising
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -74,14 +75,8 @@ class PCRLv2Config:
     """Of the views' agreement, global and local alike, beside the restoration, 0 or more."""
 
     def __post_init__(self) -> None:
-        for name in ("boxes", "predictor_factor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        low, high = self.box_sides
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"box_sides={self.box_sides} must be two numbers in (0, 1], the smaller one first.")
-        if self.agreement_weight < 0:
-            raise ValueError(f"agreement_weight={self.agreement_weight} must be 0 or more.")
+        at_least(self, boxes=1, predictor_factor=1, agreement_weight=0)
+        rising(self, "(0, 1]", "box_sides")
 
 
 class PCRLv2(PretextTask):

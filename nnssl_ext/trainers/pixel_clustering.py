@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
@@ -83,19 +84,11 @@ class PixelClusteringConfig:
     and gamma stay as they are."""
 
     def __post_init__(self) -> None:
-        least_of = {"num_clusters": 2, "fit_cases": 1, "per_case": 1, "border": 0, "background_std": 0}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
-        if not 0 < self.weight_limits[0] <= self.weight_limits[1]:
-            raise ValueError(f"weight_limits={self.weight_limits} must be two positive numbers, the smaller one first.")
-        if not 0 <= self.least_overlap <= 1:
-            raise ValueError(f"least_overlap={self.least_overlap} must lie in [0, 1].")
-        if not 0 <= self.shift < 1:
-            raise ValueError(f"shift={self.shift} must lie in [0, 1).")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale} must be two numbers in (0, 1], the smaller one first.")
+        at_least(self, num_clusters=2, fit_cases=1, per_case=1, border=0, background_std=0)
+        rising(self, "(0, inf)", "weight_limits")
+        within(self, "[0, 1]", "least_overlap")
+        within(self, "[0, 1)", "shift")
+        rising(self, "(0, 1]", "crop_scale")
         if self.swapped and self.spatial.elastic:
             raise ValueError(f"spatial.elastic={self.spatial.elastic} must be 0 where swapped: its inverse is unknown.")
 

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import at_least, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -93,14 +94,11 @@ class RegistrationConfig:
     def __post_init__(self) -> None:
         if self.pair not in ("case", "view", "warp"):
             raise ValueError(f"pair={self.pair!r} must be 'case', 'view' or 'warp'.")
-        least = {"similarity": 0, "smoothness": 0, "restoration": 0, "background_std": 0, "parent_scale": 1}
-        for name, value in {**least, "block_size": 1, "width": 1, "hidden_width": 1}.items():
-            if not getattr(self, name) >= value:
-                raise ValueError(f"{name}={getattr(self, name)} must be {value} or more.")
+        at_least(self, similarity=0, smoothness=0, restoration=0, background_std=0)
+        at_least(self, parent_scale=1, block_size=1, width=1, hidden_width=1)
         if self.window < 3 or self.window % 2 == 0:
             raise ValueError(f"window={self.window} must be odd, and 3 or more.")
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio} must lie in (0, 1).")
+        within(self, "(0, 1)", "mask_ratio")
         for name, moves in (("spatial", self.spatial), ("warp", self.warp)):
             if moves.flip:
                 raise ValueError(f"{name}.flip={moves.flip} must be 0: anatomy would be laid upon its mirror image.")

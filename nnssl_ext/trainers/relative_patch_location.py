@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnssl_ext.core.checks import at_least
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -45,8 +46,7 @@ class RelativePatchLocationConfig:
     """How intensities change in training: brightness and contrast of each box on its own, the rest of the crop."""
 
     def __post_init__(self) -> None:
-        if self.hidden_width < 1:
-            raise ValueError(f"hidden_width={self.hidden_width} must be 1 or more.")
+        at_least(self, hidden_width=1)
 
 
 class RelativePatchLocation(PretextTask):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnssl_ext.core.checks import at_least
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -42,8 +43,7 @@ class RotationConfig:
     """How the intensities of the cube change in training."""
 
     def __post_init__(self) -> None:
-        if self.max_anisotropy < 1:
-            raise ValueError(f"max_anisotropy={self.max_anisotropy} must be 1 or more.")
+        at_least(self, max_anisotropy=1)
 
 
 class Rotation(PretextTask):

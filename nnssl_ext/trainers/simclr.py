@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import above_zero, at_least, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.core.ranks import num_ranks
 from nnssl_ext.engine.optim import OptimConfig
@@ -65,15 +66,9 @@ class SimCLRConfig:
     def __post_init__(self) -> None:
         if self.crops.num_locals:
             raise ValueError(f"crops.num_locals={self.crops.num_locals} must be 0: two global views are compared.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0.")
-        for name in ("hidden_width", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        if self.queue < 0:
-            raise ValueError(f"queue={self.queue} must be 0 or more.")
-        if not 0 <= self.queue_momentum < 1:
-            raise ValueError(f"queue_momentum={self.queue_momentum} must lie in [0, 1): at 1 the copy never moves.")
+        above_zero(self, "temperature")
+        at_least(self, hidden_width=1, width=1, queue=0)
+        within(self, "[0, 1)", "queue_momentum", note=": at 1 the copy never moves")
 
 
 class SimCLR(PretextTask):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
@@ -49,8 +50,7 @@ class SimMIMConfig:
     """How crops are flipped, rotated and scaled in training."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio} must lie in (0, 1).")
+        within(self, "(0, 1)", "mask_ratio")
 
 
 class SimMIM(PretextTask):

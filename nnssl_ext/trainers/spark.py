@@ -18,6 +18,7 @@ from math import prod
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import within
 from nnssl_ext.core.random import SampleRandom, generator
 from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
@@ -48,10 +49,8 @@ class SparkConfig:
     """How crops are flipped, rotated and scaled in training."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio} must lie in (0, 1).")
-        if self.mask_ratio_max is not None and not self.mask_ratio <= self.mask_ratio_max < 1:
-            raise ValueError(f"mask_ratio_max={self.mask_ratio_max} must lie in [mask_ratio={self.mask_ratio}, 1).")
+        within(self, "(0, 1)", "mask_ratio")
+        within(self, f"[{self.mask_ratio}, 1)", "mask_ratio_max", note=": not below mask_ratio")
 
 
 class Spark(PretextTask):

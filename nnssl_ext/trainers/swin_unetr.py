@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -69,18 +70,10 @@ class SwinUNETRConfig:
     """Planes whose voxel edges differ by more than this factor are not turned in, 1 or more. Ours."""
 
     def __post_init__(self) -> None:
-        if min(self.weights) < 0:
-            raise ValueError(f"weights={self.weights} must be 0 or more.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0.")
-        for name in ("width", "boxes", "max_anisotropy"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        if not 0 < self.hidden_share < 1:
-            raise ValueError(f"hidden_share={self.hidden_share} must lie in (0, 1).")
-        low, high = self.sides
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"sides={self.sides} must be two numbers in (0, 1], the smaller one first.")
+        at_least(self, weights=0, width=1, boxes=1, max_anisotropy=1)
+        above_zero(self, "temperature")
+        within(self, "(0, 1)", "hidden_share")
+        rising(self, "(0, 1]", "sides")
 
 
 class SwinUNETR(PretextTask):

@@ -19,6 +19,7 @@ from math import prod
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import at_least, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
@@ -64,11 +65,8 @@ class VoCoConfig:
     """How intensities change in training, of bases and of crops on their own."""
 
     def __post_init__(self) -> None:
-        for name, least in (("bases_per_axis", 2), ("num_crops", 1), ("hidden_width", 1), ("width", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
-        if not 0 <= self.teacher_momentum < 1:
-            raise ValueError(f"teacher_momentum={self.teacher_momentum} must lie in [0, 1): at 1 it never moves.")
+        at_least(self, bases_per_axis=2, num_crops=1, hidden_width=1, width=1)
+        within(self, "[0, 1)", "teacher_momentum", note=": at 1 it never moves")
 
 
 class VoCo(PretextTask):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from nnssl_ext.core.checks import at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
@@ -46,16 +47,10 @@ class VolumeFusionConfig:
     """How the volumes are flipped, rotated and scaled in training, each on its own, before they are mixed."""
 
     def __post_init__(self) -> None:
-        if self.levels < 1:
-            raise ValueError(f"levels={self.levels} must be 1 or more.")
-        if not 1 <= self.boxes[0] <= self.boxes[1]:
-            raise ValueError(f"boxes={self.boxes} must be two numbers of 1 or more, the smaller one first.")
-        if not 0 < self.sides[0] <= self.sides[1] <= 1:
-            raise ValueError(f"sides={self.sides} must be two numbers in (0, 1], the smaller one first.")
-        if not 0 < self.shortest_depth <= self.sides[1]:
-            raise ValueError(
-                f"shortest_depth={self.shortest_depth} must lie in (0, {self.sides[1]}], up to the sides'."
-            )
+        at_least(self, levels=1)
+        rising(self, "[1, inf)", "boxes")
+        rising(self, "(0, 1]", "sides")
+        within(self, f"(0, {self.sides[1]}]", "shortest_depth", note=", up to the sides'")
 
 
 class VolumeFusion(PretextTask):

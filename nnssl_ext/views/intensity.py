@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.core.checks import rising, within
 from nnssl_ext.core.random import SampleRandom
 
 MEASURED = "CTNormalization"
@@ -59,17 +60,11 @@ class IntensityConfig:
     """Its exponent."""
 
     def __post_init__(self) -> None:
-        for name in ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "inverted_gamma"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is a probability and must lie in [0, 1].")
-        for name in ("blur_sigma", *(name for name in vars(self) if name.endswith("_range"))):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name}={(low, high)} must be two positive numbers, the smaller one first.")
-        if not 0 <= self.noise_std[0] <= self.noise_std[1]:
-            raise ValueError(f"noise_std={self.noise_std} must be two numbers of 0 or more, the smaller one first.")
-        if self.low_resolution_range[1] > 1:
-            raise ValueError(f"low_resolution_range={self.low_resolution_range} must end at 1 or below.")
+        probabilities = ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "inverted_gamma")
+        within(self, "[0, 1]", *probabilities, note=": it is a probability")
+        rising(self, "(0, inf)", "blur_sigma", "brightness_range", "contrast_range", "gamma_range")
+        rising(self, "[0, inf)", "noise_std")
+        rising(self, "(0, 1]", "low_resolution_range")
 
     def suited_to(self, normalization_schemes: Sequence[str]) -> IntensityConfig:
         """Without brightness, contrast and gamma where a channel's numbers are measured, as those of CT are."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from nnssl_ext.core.checks import at_least, rising
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.views.crops import UNMOVED, random_crop
@@ -49,14 +50,8 @@ class MultiCropConfig:
     gamma stay as they are."""
 
     def __post_init__(self) -> None:
-        if self.parent_scale < 1:
-            raise ValueError(f"parent_scale={self.parent_scale} must be 1 or more.")
-        if self.num_locals < 0:
-            raise ValueError(f"num_locals={self.num_locals} must be 0 or more.")
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name}={(low, high)} must be two numbers in (0, 1], the smaller one first.")
+        at_least(self, parent_scale=1, num_locals=0)
+        rising(self, "(0, 1]", "global_scale", "local_scale")
 
     def suited_to(self, normalization_schemes: Sequence[str]) -> MultiCropConfig:
         """With intensities that change no more than such channels bear; see `IntensityConfig.suited_to`."""

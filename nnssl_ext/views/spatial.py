@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nnssl_ext.core.checks import at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.views.transform import SpatialTransform, SpatialView, apply_transform, columns, place_view
@@ -51,20 +52,11 @@ class SpatialConfig:
     invalid."""
 
     def __post_init__(self) -> None:
-        for name in ("flip", "rotation", "scaling", "elastic"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is a probability and must lie in [0, 1].")
-        if not 0 <= self.rotation_degrees <= _HALF_TURN:
-            raise ValueError(f"rotation_degrees={self.rotation_degrees} must lie in [0, {_HALF_TURN}].")
-        low, high = self.scale_range
-        if not 0 < low <= high:
-            raise ValueError(f"scale_range={self.scale_range} must be two positive numbers, the smaller one first.")
-        if not 0 <= self.elastic_magnitude <= _MAX_INJECTIVE:
-            raise ValueError(f"elastic_magnitude={self.elastic_magnitude} must lie in [0, {_MAX_INJECTIVE}].")
-        if self.elastic_cells < 1:
-            raise ValueError(f"elastic_cells={self.elastic_cells} must be 1 or more.")
-        if self.max_anisotropy < 1:
-            raise ValueError(f"max_anisotropy={self.max_anisotropy} must be 1 or more.")
+        within(self, "[0, 1]", "flip", "rotation", "scaling", "elastic", note=": it is a probability")
+        within(self, f"[0, {_HALF_TURN}]", "rotation_degrees")
+        rising(self, "(0, inf)", "scale_range")
+        within(self, f"[0, {_MAX_INJECTIVE}]", "elastic_magnitude")
+        at_least(self, elastic_cells=1, max_anisotropy=1)
 
 
 def spatial_view(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nnssl_ext.core.checks import at_least
 from nnssl_ext.views.masks import upsample_blocks
 
 EPSILON = 1e-6
@@ -28,8 +29,7 @@ class TargetConfig:
     air in z-scored MR. The metric `asked_share` says what is left; a run that asks for nothing is ended."""
 
     def __post_init__(self) -> None:
-        if not self.background_std >= 0:
-            raise ValueError(f"background_std={self.background_std} must be 0 or more.")
+        at_least(self, background_std=0)
 
     def metrics(self, hidden: Tensor, asked: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """`asked_share`, of a batch's hidden real voxels, where background is left out; see `StepOutput.metrics`.

@@ -167,11 +167,11 @@ def test_constant_and_empty_crops_stay_finite() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"blur": -0.1}, "blur=-0.1 is a probability"),
-        ({"blur_sigma": (0.0, 1.0)}, r"blur_sigma=\(0.0, 1.0\) must be two positive numbers"),
-        ({"gamma_range": (1.5, 0.7)}, r"gamma_range=\(1.5, 0.7\) must be two positive numbers"),
-        ({"noise_std": (-0.1, 0.1)}, r"noise_std=\(-0.1, 0.1\) must be two numbers of 0 or more"),
-        ({"low_resolution_range": (0.5, 2.0)}, r"low_resolution_range=\(0.5, 2.0\) must end at 1 or below"),
+        ({"blur": -0.1}, r"blur=-0.1 must lie in \[0, 1\]: it is a probability"),
+        ({"blur_sigma": (0.0, 1.0)}, r"blur_sigma=\(0.0, 1.0\) must be two numbers in \(0, inf\)"),
+        ({"gamma_range": (1.5, 0.7)}, r"gamma_range=\(1.5, 0.7\) must be two numbers in \(0, inf\)"),
+        ({"noise_std": (-0.1, 0.1)}, r"noise_std=\(-0.1, 0.1\) must be two numbers in \[0, inf\)"),
+        ({"low_resolution_range": (0.5, 2.0)}, r"low_resolution_range=\(0.5, 2.0\) must be two numbers in \(0, 1\]"),
     ],
 )
 def test_refusals(setting: dict, message: str) -> None:

@@ -315,8 +315,8 @@ def test_views_of_size_one_on_an_axis() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"flip": 1.5}, r"flip=1.5 is a probability"),
-        ({"scale_range": (1.4, 0.7)}, r"scale_range=\(1.4, 0.7\) must be two positive numbers"),
+        ({"flip": 1.5}, r"flip=1.5 must lie in \[0, 1\]: it is a probability"),
+        ({"scale_range": (1.4, 0.7)}, r"scale_range=\(1.4, 0.7\) must be two numbers in \(0, inf\)"),
         ({"elastic_magnitude": 0.6}, r"elastic_magnitude=0.6 must lie in \[0, 0.4\]"),
         ({"elastic_cells": 0}, "elastic_cells=0 must be 1 or more"),
         ({"max_anisotropy": 0.5}, "max_anisotropy=0.5 must be 1 or more"),
