@@ -145,9 +145,9 @@ def compare(
 ) -> list[Comparison]:
     """Arms against their baselines, paired by case and tested over patients; `names` as from `class_names`.
 
-    Holm's correction has two families of tests for each metric: the mean over classes (arms x sizes), on which the
-    verdict stands, and the single classes (arms x sizes x classes). In arms that are `shared` the seeds have a
-    pretraining each, which all folds share, so that the unit of luck is the seed.
+    There are two families of tests for each metric: the mean over classes (arms x sizes), on which the verdict stands,
+    and the single classes (arms x sizes x classes). Holm's correction and the limit of the seeds count their rows. In
+    arms that are `shared` the seeds have a pretraining each, which all folds share: the unit of luck is the seed.
 
     Raises:
         ValueError: If an arm and its baseline were not validated on the same cases.
@@ -155,13 +155,15 @@ def compare(
     rows: list[Comparison] = []
     for metric in METRICS:
         for family in ([n for n in names if n == MEAN_CLASS], [n for n in names if n != MEAN_CLASS]):
-            rows += _correct([row for name in family for row in _comparisons(scores, baselines, metric, name, shared)])
+            pairs = [(name, *pair) for name in family for pair in _pairs(scores, baselines, metric, name, shared)]
+            rows += _correct([_comparison(arm, metric, name, table, len(pairs)) for name, arm, table in pairs])
     return rows
 
 
-def _comparisons(
+def _pairs(
     scores: Sequence[CaseScores], baselines: Mapping[str, str], metric: str, name: str, shared: Collection[str]
-) -> list[Comparison]:
+) -> list[tuple[tuple[str, NumTrain], ScoreTable]]:
+    """Differences of every arm and size to the baseline."""
     tables = tabulate(scores, metric, name)
     rows = []
     for (arm, size), table in tables.items():
@@ -176,7 +178,7 @@ def _comparisons(
                 f"({len(odd)} differ, for example {odd[0]}), so they cannot be paired"
             )
         pairs = _paired(table, base)
-        rows.append(_comparison(arm, size, metric, name, one_fold(pairs) if {arm, reference} & {*shared} else pairs))
+        rows.append(((arm, size), one_fold(pairs) if {arm, reference} & {*shared} else pairs))
     return rows
 
 
@@ -188,13 +190,13 @@ def _paired(table: ScoreTable, base: ScoreTable) -> ScoreTable:
     return replace(table, values=differences)
 
 
-def _comparison(arm: str, size: NumTrain, metric: str, name: str, pairs: ScoreTable) -> Comparison:
+def _comparison(key: tuple[str, NumTrain], metric: str, name: str, pairs: ScoreTable, num_tests: int) -> Comparison:
     per_case = statistics.mean_over_seeds(pairs.values)
     known, per_patient = _finite(per_case), _finite(statistics.mean_over_patients(per_case, pairs.patients))
     gains = per_patient if HIGHER_IS_BETTER[metric] else -per_patient
     return Comparison(
-        arm=arm,
-        num_train=size,
+        arm=key[0],
+        num_train=key[1],
         metric=metric,
         class_name=name,
         difference=float(known.mean()) if len(known) else None,
@@ -204,7 +206,7 @@ def _comparison(arm: str, size: NumTrain, metric: str, name: str, pairs: ScoreTa
         num_pairs=len(per_patient),
         num_better=int((gains > 0).sum()),
         num_worse=int((gains < 0).sum()),
-        undecidable_below=statistics.undecidable_below(pairs.values, pairs.folds),
+        undecidable_below=statistics.undecidable_below(pairs.values, pairs.folds, num_tests),
     )
 
 

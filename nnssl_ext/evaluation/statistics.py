@@ -202,7 +202,7 @@ def sign_test_floor(num_seeds: int) -> float:
     return float(2.0 ** (1 - num_seeds))
 
 
-def undecidable_below(differences: Array, folds: Sequence[int]) -> float | None:
+def undecidable_below(differences: Array, folds: Sequence[int], num_tests: int = 1) -> float | None:
     """Size of mean difference that the luck of the trainings alone could make; a smaller one cannot be decided.
 
     It is the half width of Student's interval of the mean. With several seeds its spread is that of the seeds within a
@@ -212,6 +212,7 @@ def undecidable_below(differences: Array, folds: Sequence[int]) -> float | None:
     Args:
         differences: (seeds, cases), NaN where undefined.
         folds: Fold in which each case was validated, (cases,).
+        num_tests: How many differences are judged side by side; the level is divided by them (Bonferroni).
 
     Returns:
         The size, in units of the metric, or None with a single training, whose luck nothing tells.
@@ -230,4 +231,4 @@ def undecidable_below(differences: Array, folds: Sequence[int]) -> float | None:
         return None
     centre = units.mean(axis=0, keepdims=True) if num_seeds > 1 else units.mean()
     variance = float(((units - centre) ** 2).sum()) / freedom
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * float(np.sqrt(variance / units.size))
+    return float(t.ppf(1 - (1 - CONFIDENCE) / (2 * num_tests), freedom)) * float(np.sqrt(variance / units.size))

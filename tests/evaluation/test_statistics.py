@@ -105,6 +105,9 @@ def test_undecidable_below_in_one_fold_is_students_half_width_over_seeds() -> No
     differences = np.array([[0.00, 0.02], [0.02, 0.04], [0.05, 0.05]])  # seed means .01 .03 .05
     expected = 4.302653 * 0.02 / np.sqrt(3)
     assert statistics.undecidable_below(differences, [0, 0]) == pytest.approx(expected, rel=1e-4)
+    assert statistics.undecidable_below(differences, [0, 0], 5) == pytest.approx(
+        expected * 9.924843 / 4.302653, rel=1e-4
+    )
 
 
 def test_undecidable_below_pools_the_seeds_within_folds() -> None:
