@@ -71,6 +71,7 @@ class _Table:
         evaluation: Evaluation,
     ) -> None:
         self.planned, self.runs, self.costs = planned, runs, costs
+        self.num_methods = sum(not method.sham for method in planned.methods)
         self.arms = {arm.label: arm.name for arm in evaluation.arms}
         self.probes = {key.rpartition("-")[0]: task.target for key, task in probes.items()}
 
@@ -120,7 +121,8 @@ class _Table:
         dice = self._dice({job.seed: job.key for job in mine})
         control = next((m for m in self.planned.methods if m.sham and m.trainer == method.trainer), None)
         blind = self._runs_of(control) if control is not None and not method.sham else []
-        over_sham = learning.compare(dice, self._dice({job.seed: job.key for job in blind}), f"{method.label} sham")
+        of_sham = self._dice({job.seed: job.key for job in blind})
+        over_sham = learning.compare(dice, of_sham, f"{method.label} sham", self.num_methods)
         gate, pretext = learning.gate([_pretext(job) for job in mine], [_pretext(job) for job in blind])
         cost = self.costs[method.code]
         task = mine[0].task
@@ -146,7 +148,7 @@ class _Table:
             gate=gate,
             pretext=pretext,
             probe=_means(dice),
-            over_random=learning.compare(dice, self._random(method), f"{method.label} random"),
+            over_random=learning.compare(dice, self._random(method), f"{method.label} random", self.num_methods),
             over_sham=over_sham,
             verdict="-" if method.sham else learning.verdict(over_sham, gate),
             commands=commands,

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from nnssl_ext.core.random import generator
-from nnssl_ext.evaluation.statistics import Array, bootstrap_interval, mean_over_seeds, undecidable_below
+from nnssl_ext.evaluation.statistics import (
+    CONFIDENCE,
+    Array,
+    bootstrap_interval,
+    mean_over_seeds,
+    undecidable_below,
+)
 
 HIGHER_IS_BETTER = ("accuracy", "retrieval", "known", "dice", "iou", "hit", "rank", "agreement", "ncc")
 """In the names of metrics that rise; all others are errors."""
@@ -48,31 +54,51 @@ class Difference:
     low: float
     high: float
     undecidable_below: float | None
-    """What the luck of the trainings alone could make; None with one seed."""
+    """What the luck of the trainings alone could make, in any row of the table; None with one seed."""
     num_seeds: int
+    excludes_zero: bool = True
+    """Whether the interval that holds for all rows of the table at once leaves 0 out, too."""
 
     @property
     def decided(self) -> bool:
-        """Whether the luck of the trainings could not make it, and its interval leaves 0 out."""
-        limit = self.undecidable_below
-        return limit is not None and abs(self.mean) > limit and not self.low <= 0 <= self.high
+        """Whether neither the luck of the trainings nor that of the cases could make it."""
+        limit, outside = self.undecidable_below, not self.low <= 0 <= self.high
+        return limit is not None and abs(self.mean) > limit and outside and self.excludes_zero
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]{'' if self.decided else '?'}"
 
 
-def compare(arm: Mapping[int, Array], reference: Mapping[int, Array], name: str) -> Difference | None:
-    """Arm minus reference over the seeds that both have; None without one, or with a single patient."""
+def compare(
+    arm: Mapping[int, Array], reference: Mapping[int, Array], name: str, num_methods: int = 1
+) -> Difference | None:
+    """Arm minus reference over the seeds that both have; None without one, or with a single patient.
+
+    Args:
+        arm: Score of each patient, by seed.
+        reference: The same.
+        name: Of the comparison; its draws depend on it.
+        num_methods: Rows of the table, by which the level of what decides is divided (Bonferroni).
+    """
     seeds = sorted(set(arm) & set(reference))
     if not seeds:
         return None
     differences = np.stack([arm[seed] - reference[seed] for seed in seeds])
     folds = [0] * differences.shape[1]
-    interval = bootstrap_interval(differences, folds, generator("learning", name))
-    if interval is None:
+    interval, strict = (
+        bootstrap_interval(differences, folds, generator("learning", name), confidence=1 - (1 - CONFIDENCE) / number)
+        for number in (1, num_methods)
+    )
+    if interval is None or strict is None:
         return None
-    mean = float(np.nanmean(mean_over_seeds(differences)))
-    return Difference(mean, interval.low, interval.high, undecidable_below(differences, folds), len(seeds))
+    return Difference(
+        mean=float(np.nanmean(mean_over_seeds(differences))),
+        low=interval.low,
+        high=interval.high,
+        undecidable_below=undecidable_below(differences, folds, num_methods),
+        num_seeds=len(seeds),
+        excludes_zero=strict.excludes_zero(),
+    )
 
 
 def verdict(difference: Difference | None, gate: str) -> str:
@@ -83,9 +109,9 @@ def verdict(difference: Difference | None, gate: str) -> str:
         return "no sham"
     if difference.undecidable_below is None:
         return "undecided (one seed)"
-    if difference.mean <= 0:
-        return "does not help here"
-    return "beats sham" if difference.decided else "undecided"
+    if not difference.decided:
+        return "no gain over sham shown"
+    return "beats sham" if difference.mean > 0 else "worse than sham"
 
 
 def pretext_metrics(epoch: Mapping[str, float]) -> dict[str, list[float]]:

@@ -91,6 +91,7 @@ def bootstrap_interval(
     random: np.random.Generator,
     num_resamples: int = NUM_RESAMPLES,
     patients: Sequence[str] | NDArray[Any] | None = None,
+    confidence: float = CONFIDENCE,
 ) -> Interval | None:
     """Two-level percentile bootstrap of the mean over cases: seeds and patients are resampled with replacement.
 
@@ -104,6 +105,7 @@ def bootstrap_interval(
         random: Source of the draws.
         num_resamples: Number of resamples.
         patients: The patient of each case; None: every case is another's.
+        confidence: Share of the resampled means that it holds.
 
     Returns:
         The interval, or None with fewer than two patients.
@@ -113,12 +115,12 @@ def bootstrap_interval(
     if len(set(chosen.tolist())) < 2:
         return None
     means = bootstrap_means(scores[None, :, known], np.asarray(folds)[known], random, num_resamples, chosen)
-    return percentiles(means[:, 0])
+    return percentiles(means[:, 0], confidence)
 
 
-def percentiles(means: Array) -> Interval:
-    """The interval that holds the share `CONFIDENCE` of the resampled means, as much beneath it as above."""
-    tail = (1 - CONFIDENCE) / 2
+def percentiles(means: Array, confidence: float = CONFIDENCE) -> Interval:
+    """The interval that holds a share of the resampled means, as much beneath it as above."""
+    tail = (1 - confidence) / 2
     low, high = np.quantile(means[np.isfinite(means)], [tail, 1 - tail])
     return Interval(float(low), float(high))
 

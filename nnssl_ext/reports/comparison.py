@@ -203,8 +203,9 @@ def markdown(comparison: MethodComparison, evaluation: Evaluation) -> str:
         " ".join(said),
         f"Budget {comparison.budget} a run, {seeds}, {len(comparison.folds)} of the folds of {comparison.dataset}; "
         f"pretrained on {comparison.pretrain_dataset}. Dice: foreground, whole volumes; probe: linear, on frozen "
-        "features. In brackets: 95% of a bootstrap over seeds and patients. A question mark: the interval holds zero, "
-        "or the difference is within the luck of the seeds.",
+        "features. In brackets: 95% of a bootstrap over seeds and patients. A question mark: not decided, "
+        "since the difference is within the luck of the seeds or an interval holds zero, both at the level .05 divided "
+        "by the number of methods.",
         comparison.certainty,
         *(f"Warning: {warning}" for warning in comparison.warnings),
         *comparison.conditions,

@@ -73,7 +73,7 @@ def method(label: str, seeds=SEEDS) -> MethodResult:
         probe={seed: level + 0.01 * seed for seed in seeds},
         over_random=None if scratch else difference,
         over_sham=None if scratch or sham else Difference(level - 0.45, level - 0.5, level - 0.4, 0.03, len(seeds)),
-        verdict="-" if scratch or sham else "undecided",
+        verdict="-" if scratch or sham else "no gain over sham shown",
         commands=() if scratch else (f"nnssl_train 1 3d_fullres -tr {label}Trainer", "nnssl_plan_finetuning -d 4"),
     )
 

@@ -19,8 +19,17 @@ def runs(level: float, spread: float = 0.0) -> dict[int, np.ndarray]:
     return {seed: np.random.default_rng(seed).normal(level + luck[seed], 0.05, 30) for seed in luck}
 
 
-@pytest.mark.parametrize(("method", "words"), [(0.6, "beats sham"), (0.44, "does not help here"), (0.46, "undecided")])
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (0.6, "beats sham"),
+        (0.3, "worse than sham"),
+        (0.44, "no gain over sham shown"),
+        (0.46, "no gain over sham shown"),
+    ],
+)
 def test_the_verdict_follows_the_difference_to_sham(method, words):
+    """Catches a loss that is called one because of its sign alone."""
     difference = compare(runs(method, 0.01), runs(0.45), "FooTrainer sham")
     assert difference.mean == pytest.approx(method - 0.45)
     assert difference.low < method - 0.45 < difference.high
@@ -29,8 +38,19 @@ def test_the_verdict_follows_the_difference_to_sham(method, words):
 
 def test_luck_of_seeds_makes_a_difference_undecided():
     difference = compare(runs(0.52, 0.1), runs(0.45), "FooTrainer sham")
-    assert verdict(difference, "passed") == "undecided"
+    assert verdict(difference, "passed") == "no gain over sham shown"
     assert difference.undecidable_below > 0.07
+
+
+def test_a_difference_among_many_methods_is_decided_at_their_level():
+    """Catches limits and intervals that are those of a single method in a table of twenty."""
+    arm = {seed: np.full(30, 0.5 + 0.01 * seed) for seed in range(3)}
+    alone, among = (compare(arm, {seed: np.full(30, 0.4) for seed in range(3)}, "x", number) for number in (1, 20))
+    assert alone.undecidable_below == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-4)
+    assert among.undecidable_below == pytest.approx(19.9625 * 0.01 / 3**0.5, rel=1e-3)
+    cases = {seed: np.array([-1.0, *[0.2] * 19]) for seed in range(3)}  # one case speaks against all others
+    alone, among = (compare(cases, {seed: np.zeros(20) for seed in range(3)}, "x", number) for number in (1, 200))
+    assert (alone.decided, among.decided) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +61,7 @@ def test_luck_of_seeds_makes_a_difference_undecided():
         (Difference(0.1, -0.01, 0.2, 0.04, 3), False),
         (Difference(0.1, 0.05, 0.15, 0.12, 3), False),
         (Difference(0.1, 0.05, 0.15, None, 1), False),
+        (Difference(0.1, 0.05, 0.15, 0.04, 3, excludes_zero=False), False),
     ],
 )
 def test_a_difference_that_cannot_be_decided_bears_a_question_mark(difference, decided):
