@@ -52,12 +52,10 @@ def preprocess_case(
     """Reads, preprocesses and stores one case; what a worker does.
 
     Raises:
-        ValueError: If the case cannot be preprocessed (the message names its files), or there is no such device.
+        ValueError: If the case cannot be preprocessed; the message names its files.
         FileNotFoundError: If a file is missing.
         StorageFullError: If the disk is full.
     """
-    if device != "cpu":
-        check_device(device)
     source = source_stamp(case)
     image, geometry = read_image(case.images)
     hashes, grid = tuple(map(content_hash, image)), grid_code(image.shape[1:], geometry)
@@ -170,11 +168,14 @@ def preprocess_dataset(
         The store.
 
     Raises:
-        ValueError: If the plan cannot be carried out, the folder holds cases made with other settings, cases failed
-            (without `skip_failed`), none is left, another run is writing to the folder, or the disk is full.
+        ValueError: If the plan cannot be carried out, there is no such device, the folder holds cases made with other
+            settings, cases failed (without `skip_failed`), none is left, another run is writing to the folder, or the
+            disk is full.
     """
     check_normalization(configuration.normalization_schemes, plan.foreground_intensity_properties)
     check_resampling(configuration.resampling_fn_data, configuration.resampling_fn_data_kwargs)
+    if device != "cpu":
+        _check_device_of_workers(executor, device)
     settings = storage_settings(plan, configuration, dtype)
     failed = dict(excluded or {})
     cases = [case for case in manifest.cases if case.case_id not in failed]
@@ -190,6 +191,13 @@ def preprocess_dataset(
         write_index(folder, Index(settings=settings, entries=done, failed=failed))
         (folder / JOURNAL_FILE).unlink(missing_ok=True)
     return Store(folder, done)
+
+
+def _check_device_of_workers(executor: Executor, device: str) -> None:
+    """Refuses a device that workers do not have, before anything is deleted."""
+    for result in executor.run(check_device, {"device": (device,)}):
+        if result.error is not None:
+            raise ValueError(result.error.removeprefix(f"{ValueError.__name__}: "))
 
 
 @contextmanager
@@ -330,7 +338,7 @@ def preprocess_configurations(
 
 
 def _excluded_by_fingerprint(folder: Path) -> dict[str, str]:
-    """The cases that the dataset's fingerprint, where there is one, found unusable or to be duplicates."""
+    """The cases that the dataset's fingerprint, where there is one, found unusable."""
     path = folder / FINGERPRINT_FILE
     if not path.is_file():
         return {}
