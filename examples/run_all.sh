@@ -11,6 +11,7 @@ source=$1
 workspace=$2
 
 export nnssl_raw=$workspace/raw nnssl_preprocessed=$workspace/preprocessed nnssl_results=$workspace/results
+export nnUNet_raw=$nnssl_raw nnUNet_preprocessed=$nnssl_preprocessed nnUNet_results=$nnssl_results
 mkdir -p "$nnssl_raw" "$nnssl_preprocessed" "$nnssl_results"
 
 # 60 of the scans lose their labels and become a dataset for pretraining; the other 70 are for the comparison

@@ -89,10 +89,19 @@ def find_dataset(dataset: int | str, root: Path) -> Path:
         names = ", ".join(p.name for p in found)
         raise ValueError(f"several datasets in {root} have id {dataset}: {names}. Use the full name, or rename one")
     present = ", ".join(sorted(p.name for p in root.glob("Dataset*"))) or "no dataset"
+    if not root.is_dir():
+        present = "no such folder"
     raise FileNotFoundError(
-        f"no dataset {dataset!r} in {root} (there: {present}). Convert one first, for example: "
+        f"no dataset {dataset!r} in {_named(root)} ({present}). Convert one first, for example: "
         "nnssl_convert folder SOURCE -d 1 --name MyScans"
     )
+
+
+def _named(root: Path) -> str:
+    """A root behind the variables that point to it, for messages."""
+    names = (f"{family}_{kind}" for family in ("nnssl", "nnUNet") for kind in ("raw", "preprocessed", "results"))
+    pointing = [f"${name}" for name in names if (value := os.environ.get(name)) and Path(value).expanduser() == root]
+    return " = ".join([*pointing, str(root)])
 
 
 def find_dataset_name(dataset: int | str) -> str:
