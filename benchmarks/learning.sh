@@ -3,7 +3,8 @@
 #
 #   benchmarks/learning.sh path/to/Task04_Hippocampus path/to/workspace [unet|primus|long|two_channels ...]
 #
-# 80 scans without labels are pretrained on, with small networks and some hundred steps. Of the other scans 20 are the
+# Of the 260 labelled scans that the Decathlon gives it takes the 130 of learning/cases.txt: others must not lie in imagesTr.
+# 80 of them lose their labels and are pretrained on, with small networks and some hundred steps. Of the other scans 20 are the
 # pool that probes and fine-tuning draw 5 labelled cases from, and 30 are the test. Each method stands beside its own
 # control run on destroyed targets, the untrained network, and nnU-Net from scratch, with three seeds, one after another:
 # there is a table after each. A seed takes more than two hours on two cores that compute in bf16; it can be stopped and
@@ -20,8 +21,14 @@ for group in $groups; do
     esac
 done
 here=$(cd "$(dirname "$0")" && pwd)
+if ! (cd "$source/imagesTr" && ls -- *.nii.gz) | sed 's/\.nii\.gz$//' | cmp -s - "$here/learning/cases.txt"; then
+    echo "$source/imagesTr must hold the images of $here/learning/cases.txt and no others: the table is about these." >&2
+    echo "Give a copy of the folder from which the others are removed, in dataset.json as well." >&2
+    exit 2
+fi
 
 export nnssl_raw=$workspace/raw nnssl_preprocessed=$workspace/preprocessed nnssl_results=$workspace/results
+export nnUNet_raw=$nnssl_raw nnUNet_preprocessed=$nnssl_preprocessed nnUNet_results=$nnssl_results
 mkdir -p "$nnssl_raw" "$nnssl_preprocessed" "$nnssl_results"
 
 [ -d "$nnssl_raw/Dataset001_HippocampusUnlabelled" ] ||
