@@ -57,7 +57,7 @@ def run(dataset: str, arguments: argparse.Namespace) -> None:
     from nnssl_ext.core.executor import available_cores, make_executor
     from nnssl_ext.core.logs import configure_logging
     from nnssl_ext.core.paths import find_dataset, preprocessed_root, raw_root
-    from nnssl_ext.dataset.manifest import Manifest
+    from nnssl_ext.dataset.manifest import Manifest, overlooked
     from nnssl_ext.fingerprint.extract import extract_fingerprint
     from nnssl_ext.fingerprint.record import FINGERPRINT_FILE
 
@@ -70,6 +70,8 @@ def run(dataset: str, arguments: argparse.Namespace) -> None:
     print(f"{manifest.dataset_name}: {len(fingerprint.cases)} of {len(manifest.cases)} cases described")
     for problem in fingerprint.problems[:SHOWN_PROBLEMS]:
         print(f"  {problem}")
+    for sentence in overlooked(manifest):
+        print(f"  {sentence}")
     hidden = len(fingerprint.problems) - SHOWN_PROBLEMS
     if hidden > 0:
         print(f"  and {hidden} more")

@@ -78,7 +78,7 @@ def read_json(path: Path) -> Any:
         ValueError: If it is not JSON; the message names the file and the place.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows' editors put a mark in front
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 

@@ -6,9 +6,10 @@ beside it adds subjects, sessions and modalities to those images; without a `dat
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +17,23 @@ from typing import Any
 
 from nnssl_ext.core.records import read_json, write_json
 from nnssl_ext.dataset.collection import CollectionImage, read_collection
-from nnssl_ext.imageio.formats import file_ending_of
+from nnssl_ext.imageio.formats import FILE_ENDINGS, file_ending_of
 
 DATASET_FILE = "dataset.json"
 COLLECTION_FILE = "pretrain_data.json"
 UNKNOWN_CHANNEL = "image"
 """Channel name where nobody said what was measured; nnU-Net normalises it by z-score."""
 _VARIABLE = re.compile(r"\$\{?(\w+)\}?")
+_FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "channel_names": (lambda value: isinstance(value, dict) and all(map(str.isdigit, value)), '{"0": "MRI"}'),
+    "file_ending": (lambda value: isinstance(value, str), '".nii.gz"'),
+    "labels": (lambda value: isinstance(value, dict) and all(map(_is_label, value.values())), '{"background": 0}'),
+    "dataset": (
+        lambda value: isinstance(value, dict) and all(isinstance(e, dict) and "images" in e for e in value.values()),
+        '{"case_1": {"images": ["one.nii.gz"]}}',
+    ),
+}
+"""Of keys of `dataset.json`, how they have to look, and an example."""
 
 Label = int | tuple[int, ...]
 
@@ -150,6 +161,9 @@ def _from_dataset_json(folder: Path) -> Manifest:
             f"{path} lacks {' and '.join(missing)}. If {folder} is from the Medical Segmentation Decathlon, "
             f"convert it: nnssl_convert msd {folder} -d ID"
         )
+    for key, (fits, example) in _FORMS.items():
+        if content.get(key) is not None and not fits(content[key]):
+            raise ValueError(f"{path}: {key!r} must look like {example}, not {json.dumps(content[key])[:80]}")
     channels = tuple(str(content["channel_names"][key]) for key in sorted(content["channel_names"], key=int))
     find = _referenced_cases if "dataset" in content else _listed_cases
     cases = find(folder, content, channels)
@@ -169,6 +183,32 @@ def _labels(raw: Mapping[str, Any] | None) -> dict[str, Label] | None:
     if raw is None:
         return None
     return {name: tuple(map(int, value)) if isinstance(value, list) else int(value) for name, value in raw.items()}
+
+
+def _is_label(value: Any) -> bool:
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(part, int) or (isinstance(part, str) and part.isdigit()) for part in parts)
+
+
+def overlooked(manifest: Manifest) -> list[str]:
+    """What a user might miss among the cases of a dataset with a `dataset.json`, in sentences."""
+    path, images = manifest.folder / DATASET_FILE, manifest.folder / "imagesTr"
+    if not path.is_file():
+        return []
+    found = []
+    number = read_json(path).get("numTraining")
+    if number is not None and number != len(manifest.cases):
+        found.append(f"numTraining in {path} is {number}, but {len(manifest.cases)} cases were found.")
+    listed = {file for case in manifest.cases for file in case.images}
+    files = sorted(images.iterdir()) if images.is_dir() else []
+    unused = [file for file in files if file.name.lower().endswith(FILE_ENDINGS) and file.absolute() not in listed]
+    unused = [file for file in unused if not file.name.startswith(".")]
+    if unused:
+        found.append(
+            f"{len(unused)} files in {images} are not used, such as {unused[0].name}: images are those that end in "
+            f"{manifest.file_ending}, as {path} says."
+        )
+    return found
 
 
 def _where_cases_would_be(folder: Path, content: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nnssl_ext.dataset.collection import CollectionImage, read_collection, write_collection
-from nnssl_ext.dataset.manifest import Manifest, write_dataset_json
+from nnssl_ext.dataset.manifest import Manifest, overlooked, write_dataset_json
 
 
 def listed(folder: Path, *names: str, labels: tuple[str, ...] = (), channels: tuple[str, ...] = ("MRI",)) -> Path:
@@ -116,12 +116,35 @@ def test_relative_folder_gives_absolute_paths(tmp_path: Path, monkeypatch: pytes
         ({"modality": {"0": "MRI"}}, r"lacks channel_names and file_ending.*nnssl_convert msd"),
         ({"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}, "holds no cases: images are looked for as"),
         ({"channel_names": {"0": "CT"}, "file_ending": ".nii.gz", "dataset": {}}, "'dataset' key .* is empty"),
+        ({"channel_names": ["CT"], "file_ending": ".nii.gz"}, "'channel_names' must look like .* not .*CT"),
+        ({"channel_names": {"0": "CT"}, "file_ending": 5}, "'file_ending' must look like"),
+        (
+            {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz", "labels": {"0": "background"}},
+            '\'labels\' must look like {"background": 0}, not {"0": "background"}',
+        ),
+        (
+            {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz", "dataset": {"a": {"image": "b"}}},
+            "'dataset' must look like .*images",
+        ),
     ],
 )
 def test_malformed_description(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         Manifest.load(tmp_path)
+
+
+def test_what_is_overlooked_is_told(tmp_path: Path) -> None:
+    """One image of another ending, one of another case of letters, and a number of cases that is not true."""
+    folder = listed(
+        tmp_path, "a_0000.nii.gz", "b_0000.nii.gz", "c_0000.nrrd", "d_0000.NII.GZ", ".e_0000.nrrd", "notes.txt"
+    )
+    number, unused = overlooked(Manifest.load(folder))
+    assert "numTraining" in number
+    assert "is 1, but 2 cases" in number
+    assert "2 files" in unused
+    assert "c_0000.nrrd" in unused
+    assert overlooked(Manifest.load(listed(tmp_path / "whole", "a_0000.nii.gz"))) == []
 
 
 def test_no_description(tmp_path: Path) -> None:
