@@ -1,4 +1,4 @@
-"""Requests to stop, as schedulers send them: noted when they come, obeyed after the step in hand."""
+"""Requests to stop, as schedulers and Ctrl-C send them: noted when they come, obeyed after the step in hand."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Context manager that notes SIGTERM and SIGUSR1 instead of dying of them.
+    """Context manager that notes SIGTERM, SIGUSR1 and SIGINT instead of dying of them; of a second SIGINT it dies.
 
     Python hands signals to the main thread only; in another thread nothing is installed and nothing is ever requested.
     """
@@ -34,4 +34,6 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[signal.SIGINT])
         logger.info("%s received: checkpointing and leaving after this step.", signal.Signals(number).name)

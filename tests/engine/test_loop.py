@@ -162,10 +162,11 @@ def test_the_finished_checkpoint_is_the_released_form(make_spec):
 
 
 @pytest.mark.parametrize("step", [4, 5], ids=["within an epoch", "before its validation"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_a_stopped_run_goes_on_with_the_same_numbers(make_spec, monkeypatch, step, number):
     whole, stopped = make_spec(), make_spec(name="stopped", save_every=10)
     pretrain(whole)
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         stop_at(patch, step, number)
         assert pretrain(stopped) is Outcome.STOPPED
@@ -173,7 +174,7 @@ def test_a_stopped_run_goes_on_with_the_same_numbers(make_spec, monkeypatch, ste
     assert load_checkpoint(stopped.folder / "checkpoint_latest.pth")["resume"]["progress"]["step"] == step + 1
     assert pretrain(replace(stopped, resume=True)) is Outcome.FINISHED
     assert (stopped.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
 
 
 def test_a_task_sees_training_cases_once_before_the_first_step(make_spec, monkeypatch):
