@@ -13,8 +13,11 @@ INTERRUPTED = 130
 _NO_PLACE = {
     errno.ENOSPC: "the disk is full. Free space, or point nnssl_preprocessed and nnssl_results to another disk",
     errno.EDQUOT: "the disk quota is used up. Free space, or point nnssl_preprocessed and nnssl_results elsewhere",
-    errno.EROFS: "the disk cannot be written to",
-    errno.EACCES: "permission denied",
+    errno.EROFS: "the disk cannot be written to. Name another place",
+    errno.EACCES: "permission denied. Make it accessible, or name another place",
+    errno.EEXIST: "a file is where a folder should be. Remove it, or name another place",
+    errno.ENOTDIR: "a file is where a folder should be. Remove it, or name another place",
+    errno.EISDIR: "a folder is where a file should be. Name a file",
 }
 """What of the system's errors a user can act on."""
 
@@ -39,7 +42,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[
             print(f"error: {where}{_NO_PLACE[error.errno]}, then start the same command again", file=sys.stderr)
             raise SystemExit(USER_ERROR) from error
         except KeyboardInterrupt:
-            print("interrupted; start the same command again to go on", file=sys.stderr)
+            print("interrupted; start the same command again to go on (nnssl_train with --c)", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
 
     return wrapped

@@ -58,6 +58,9 @@ class Registry(Generic[T]):
         self._discover()
         if name in self._classes:
             return self._classes[name]
-        near = difflib.get_close_matches(name, self._classes, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        folded = {known.lower(): known for known in self._classes}
+        asked = name.lower()
+        whole = [key for key in (asked, asked + self.kind) if key in folded]
+        near = whole or difflib.get_close_matches(asked, folded, n=1)
+        hint = f" Did you mean {folded[near[0]]}?" if near else ""
         raise ValueError(f"there is no {self.kind} called {name!r}.{hint} Valid: {', '.join(sorted(self._classes))}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nnssl_ext.cli.machine import num_workers
 from nnssl_ext.cli.train import STOPPED, free_memory, main, parser, run_trainer_name, sampling_setting
 from nnssl_ext.cli.train import _spec as make_spec
 from nnssl_ext.core.records import read_json
@@ -55,7 +56,7 @@ def test_every_described_setting_can_be_set(capsys):
 
 
 def test_an_unknown_trainer_names_the_nearest(capsys):
-    assert run("-tr", "MAETraner", "--describe") == 2
+    assert run("-tr", "mae", "--describe") == 2
     assert "Did you mean MAETrainer?" in capsys.readouterr().err
 
 
@@ -91,6 +92,14 @@ def test_help_imports_neither_torch_nor_nnunet():
 def test_free_memory_of_this_machine_is_plausible():
     memory = free_memory("cpu")
     assert memory is None or 0.05 < memory < 1e5
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(2, 2), (9, 4)])
+def test_no_more_processes_read_crops_for_a_gpu_than_there_are_cores(monkeypatch, cores, expected):
+    """Catches four of them on two cores."""
+    monkeypatch.setattr("nnssl_ext.core.executor.available_cores", lambda: cores)
+    args = parser().parse_args(["1", "3d_fullres"])
+    assert (num_workers(args, "cuda"), num_workers(args, "cpu")) == (expected, 0)
 
 
 def test_repeated_set_options_add_up():

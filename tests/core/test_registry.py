@@ -27,11 +27,12 @@ def test_modules_are_imported_when_a_name_is_asked_for(package):
     assert zoo_of_tests.ANIMALS.get("Cat").__module__ == "zoo_of_tests.cat"
 
 
-def test_an_unknown_name_suggests_the_nearest(package):
+@pytest.mark.parametrize("name", ["Cot", "CAT"])
+def test_an_unknown_name_suggests_the_nearest(package, name):
     import zoo_of_tests
 
-    with pytest.raises(ValueError, match=r"no animal called 'Cot'\. Did you mean Cat\? Valid: Cat"):
-        zoo_of_tests.ANIMALS.get("Cot")
+    with pytest.raises(ValueError, match=rf"no animal called '{name}'\. Did you mean Cat\? Valid: Cat"):
+        zoo_of_tests.ANIMALS.get(name)
 
 
 def test_two_classes_of_one_name_are_refused():
