@@ -75,7 +75,7 @@ class ProbeResult:
     cases: tuple[str, ...]
     """The test cases."""
     linear: npt.NDArray[np.float64]
-    """(subsets, cases, classes), NaN where neither reference nor prediction has the class."""
+    """(subsets, cases, classes), NaN for a class that no test case holds."""
     knn: npt.NDArray[np.float64] | None
     """The same for nearest neighbours; None where they were left out."""
 
@@ -125,11 +125,13 @@ def probe(
     linear = [fit_linear(join(samples, subset), classes, config.penalty) for subset in subsets]
     banks = [_bank(join(samples, subset, config.bank_voxels_per_case)) for subset in subsets]
     rows = [_score(frozen, case, classes, linear, banks, config) for case in test]
+    held = np.array([any(bool((case.labels == value).any()) for case in test) for value in classes[1:]])
+    scores = [np.where(held, np.stack(found, axis=1), np.nan) for found in zip(*rows, strict=True)]
     return ProbeResult(
         classes=tuple(classes[1:]),
         cases=tuple(case.case_id for case in test),
-        linear=np.stack([row for row, _ in rows], axis=1),
-        knn=np.stack([row for _, row in rows], axis=1) if config.neighbours else None,
+        linear=scores[0],
+        knn=scores[1] if config.neighbours else None,
     )
 
 
@@ -278,13 +280,13 @@ def vote(
 
 
 def dice(prediction: torch.Tensor, reference: torch.Tensor, classes: Sequence[int]) -> list[float]:
-    """Dice of each class where the reference knows (>= 0); NaN where neither side has the class."""
+    """Dice of each class where the reference knows (>= 0); 1 where neither side has the class."""
     known = reference >= 0
     scores = []
     for value in classes:
         found, wanted = (prediction == value) & known, reference == value
         size = int(found.sum() + wanted.sum())
-        scores.append(2 * int((found & wanted).sum()) / size if size else float("nan"))
+        scores.append(2 * int((found & wanted).sum()) / size if size else 1.0)
     return scores
 
 

@@ -49,7 +49,7 @@ def tabulate(scores: Iterable[CaseScores], metric: str, class_name: str) -> dict
     Args:
         scores: Scores of single cases.
         metric: One of `METRICS`.
-        class_name: A class, or `MEAN_CLASS` for the mean over the classes that are defined in the case.
+        class_name: A class, or `MEAN_CLASS` for the mean over classes. One that no case holds is undefined.
 
     Raises:
         ValueError: If a case was validated twice by one arm, size and seed.
@@ -57,10 +57,21 @@ def tabulate(scores: Iterable[CaseScores], metric: str, class_name: str) -> dict
     groups: dict[tuple[str, NumTrain], list[CaseScores]] = defaultdict(list)
     for score in scores:
         groups[score.arm, score.num_train].append(score)
-    return {key: _table(group, metric, class_name) for key, group in groups.items()}
+    held = {name for group in groups.values() for score in group for name in score.classes if _holds(score, name)}
+    names = held if class_name == MEAN_CLASS else held & {class_name}
+    return {key: _table(group, metric, names) for key, group in groups.items()}
 
 
-def _table(group: Sequence[CaseScores], metric: str, class_name: str) -> ScoreTable:
+def _holds(score: CaseScores, class_name: str) -> bool:
+    return score.classes[class_name].reference_voxels > 0
+
+
+def num_absent(scores: Iterable[CaseScores], class_name: str) -> int:
+    """Cases whose reference lacks a class."""
+    return len({score.case for score in scores if not _holds(score, class_name)})
+
+
+def _table(group: Sequence[CaseScores], metric: str, names: Collection[str]) -> ScoreTable:
     fold_of = {score.case: score.fold for score in group}
     patient_of = {score.case: score.patient or score.case for score in group}
     cases = sorted(fold_of)
@@ -71,7 +82,7 @@ def _table(group: Sequence[CaseScores], metric: str, class_name: str) -> ScoreTa
         if (score.seed, score.case) in seen:
             raise ValueError(f"case {score.case} was validated more than once by {score.arm} (seed {score.seed})")
         seen.add((score.seed, score.case))
-        values[seeds.index(score.seed), cases.index(score.case)] = _value(score, metric, class_name)
+        values[seeds.index(score.seed), cases.index(score.case)] = _value(score, metric, names)
     return ScoreTable(
         values=values,
         cases=tuple(cases),
@@ -81,9 +92,9 @@ def _table(group: Sequence[CaseScores], metric: str, class_name: str) -> ScoreTa
     )
 
 
-def _value(score: CaseScores, metric: str, class_name: str) -> float:
-    names = list(score.classes) if class_name == MEAN_CLASS else [class_name]
-    found = [value for name in names if (value := score.classes[name].metric(metric)) is not None]
+def _value(score: CaseScores, metric: str, names: Collection[str]) -> float:
+    values = [row.metric(metric) for name, row in score.classes.items() if name in names]
+    found = [value for value in values if value is not None]
     return float(np.mean(found)) if found else float("nan")
 
 

@@ -91,8 +91,6 @@ class Ranking:
     num_train: NumTrain
     arms: tuple[RankedArm, ...]
     num_cases: int
-    """That every arm has a score of in every seed."""
-    num_left_out: int
     pairs: tuple[Pair, ...]
     over_cases: RankTest | None
     """Blocks are patients, averaged over cases and seeds: speaks about the trained networks. In the order of `arms`."""

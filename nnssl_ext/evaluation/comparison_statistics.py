@@ -126,11 +126,6 @@ def groups_within(mean_ranks: Array, difference: float) -> tuple[tuple[int, ...]
     return tuple(found)
 
 
-def complete(scores: Array) -> Array:
-    """The cases that every arm has a score of in every seed: (cases,), boolean."""
-    return np.asarray(np.isfinite(scores).all(axis=(0, 1)))
-
-
 def rank_probabilities(means: Array) -> Array:
     """How often each arm got each rank in the resamples: (arms, ranks), rows and columns sum to 1.
 

@@ -38,7 +38,7 @@ def rank_arms(
         sizes: Training set sizes.
 
     Raises:
-        ValueError: If fewer than two cases have a score in all arms and seeds.
+        ValueError: If there are fewer than two patients, or none of them has a class.
     """
     tables = tabulate(scores, HEADLINE_METRIC, MEAN_CLASS)
     found = [_rank(size, {label: tables[arm, size] for arm, label in labels.items()}) for size in sizes]
@@ -54,11 +54,12 @@ def rank_arms(
 
 
 def _rank(size: NumTrain, tables: Mapping[str, ScoreTable]) -> Ranking:
-    labels, everything = list(tables), np.stack([table.values for table in tables.values()])
-    known = ranks.complete(everything)
-    if known.sum() < ranks.MIN_BLOCKS:
-        raise ValueError(f"{int(known.sum())} cases have a Dice in every arm and seed; a ranking needs 2 or more")
-    scores, patients = everything[:, :, known], np.array(next(iter(tables.values())).patients)[known]
+    labels, scores = list(tables), np.stack([table.values for table in tables.values()])
+    patients = next(iter(tables.values())).patients
+    if len(set(patients)) < ranks.MIN_BLOCKS or not np.isfinite(scores).all():
+        raise ValueError(
+            f"a ranking needs 2 patients or more with a class in some label; there are {len(set(patients))}"
+        )
     order = [int(index) for index in np.argsort(-scores.mean(axis=(1, 2)), kind="stable")]
     scores, labels = scores[order], [labels[index] for index in order]
     random = generator(BOOTSTRAP_SEED, "ranking", str(size))
@@ -82,8 +83,7 @@ def _rank(size: NumTrain, tables: Mapping[str, ScoreTable]) -> Ranking:
     return Ranking(
         num_train=size,
         arms=tuple(arms),
-        num_cases=int(known.sum()),
-        num_left_out=len(known) - int(known.sum()),
+        num_cases=scores.shape[2],
         pairs=tuple(pairs),
         over_cases=ranks.rank_test(over_patients),
         over_seeds=ranks.rank_test(scores.mean(axis=2)),

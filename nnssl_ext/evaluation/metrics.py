@@ -5,9 +5,9 @@ image; distances run between voxel centres in mm. Both are the conventions of MO
 agree with `compute_surface_dice` and `compute_hausdorff_distance`; Dice is nnU-Net's.
 
 Empty masks:
-    - reference and prediction both empty: every metric is undefined (`None`) and left out of means and pairs;
+    - reference and prediction both empty: Dice 1, NSD 1, HD95 0, as to say that there is nothing is right (as BraTS
+      counts; nnU-Net's summary leaves such a case out, of one arm and not of another that predicts something there);
     - one of them empty: Dice 0, NSD 0, and HD95 is the diagonal of the volume, the worst that could happen in it.
-      Leaving such a case out instead would reward a network that predicts nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ Mask = NDArray[np.bool_]
 HAUSDORFF_PERCENTILE = 95.0
 DEFAULT_TOLERANCE_MM = 1.0
 METRICS = ("dice", "nsd", "hd95")
+METRICS_VERSION = 2
+"""Of what the metrics mean; scores of another one are computed again. 2: correctly empty counts as best."""
 HIGHER_IS_BETTER = {"dice": True, "nsd": True, "hd95": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScores:
-    """Scores of one class in one case; `None` where neither mask has a voxel."""
+    """Scores of one class in one case; `None` where one is not known."""
 
     dice: float | None
     """Twice the overlap over the sum of both volumes, 0 to 1."""
@@ -89,7 +91,7 @@ def score_masks(reference: Mask, prediction: Mask, spacing: Sequence[float], tol
     """Scores one pair of binary masks of equal shape; see `score_case`."""
     sizes = {"reference_voxels": int(reference.sum()), "predicted_voxels": int(prediction.sum())}
     if not any(sizes.values()):
-        return ClassScores(dice=None, nsd=None, hd95=None, **sizes)
+        return ClassScores(dice=1.0, nsd=1.0, hd95=0.0, **sizes)
     if not all(sizes.values()):
         return ClassScores(dice=0.0, nsd=0.0, hd95=_diagonal(reference.shape, spacing), **sizes)
     to_prediction, to_reference = surface_distances(reference, prediction, spacing)

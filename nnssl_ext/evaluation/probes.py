@@ -34,7 +34,8 @@ def probe_record(
         config: The probe.
 
     Returns:
-        `classes`, `cases` and `dice` (subsets, cases, classes), None where it is undefined; JSON can hold it.
+        `classes`, `cases` and `dice` (subsets, cases, classes), None for a class that no
+        test case holds; JSON can hold it.
     """
     if frozen.configuration.backbone == "cnn":
         frozen = replace(frozen, configuration=replace(frozen.configuration, patch_size=tuple(patch_size)))

@@ -187,6 +187,8 @@ class Evaluation:
     verdicts: tuple[Verdict, ...]
     warnings: tuple[str, ...]
     versions: dict[str, str]
+    absent: dict[str, int] = field(default_factory=dict)
+    """Cases whose reference lacks a class."""
 
     @property
     def reference(self) -> Arm:

@@ -155,6 +155,7 @@ def conclude(prepared: Prepared, runs: Sequence[Run], scores: Sequence[CaseScore
         verdicts=tuple(verdict.decide(described, summaries, comparisons, trends, len(settings.seeds))),
         warnings=prepared.warnings,
         versions=versions(),
+        absent={name: analysis.num_absent(scores, name) for name in classes},
     )
     return replace(evaluation, warnings=(*prepared.warnings, *verdict.warnings_about(evaluation, len(prepared.splits))))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.core.records import from_dict, read_json, to_dict, write_json
-from nnssl_ext.evaluation.metrics import ClassScores, score_case
+from nnssl_ext.evaluation.metrics import METRICS_VERSION, ClassScores, score_case
 from nnssl_ext.evaluation.records import Curve
 
 VALIDATION_FOLDER = "validation"
@@ -101,8 +101,9 @@ def _prediction(task: ScoringTask, case: str) -> Path:
 
 
 def _stamp(task: ScoringTask) -> dict[str, Any]:
-    """What the scores depend on: settings, and size and time of every file."""
+    """What the scores depend on: metrics, settings, and size and time of every file."""
     stamp: dict[str, Any] = {
+        "metrics": METRICS_VERSION,
         "tolerance_mm": task.tolerance_mm,
         "classes": {name: list(values) for name, values in task.classes.items()},
         "ignore_label": task.ignore_label,

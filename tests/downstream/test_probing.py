@@ -1,6 +1,7 @@
 """Probes find what features hold and nothing else; every number by hand or by a slow second way."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,8 +25,6 @@ from nnssl_ext.downstream.probing import (
 )
 
 from .test_windows import pyramid
-
-NAN = float("nan")
 
 
 def ball(number: int, contrast: float = 4.0) -> LabelledCase:
@@ -73,9 +72,13 @@ def test_two_dimensional_encoders_are_probed_slice_by_slice():
     assert probe(pyramid(8, 8), cases[:2], cases[2:], CONFIG).linear.min() > 0.7
 
 
-def test_nearest_neighbours_can_be_left_out():
+def test_a_class_without_a_test_case_is_undefined_and_neighbours_can_be_left_out():
+    """Catches a class that no test case holds and that counts as found or missed."""
     cases = [ball(n) for n in range(3)]
-    assert probe(pyramid(8, 8, 8), cases[:2], cases[2:], ProbeConfig(num_labelled=2, neighbours=0)).knn is None
+    unseen = replace(cases[2], labels=cases[2].labels.where(cases[2].labels != 2, 0))
+    result = probe(pyramid(8, 8, 8), cases[:2], [unseen], ProbeConfig(num_labelled=2, neighbours=0))
+    assert result.knn is None
+    assert np.isfinite(result.linear).all(axis=(0, 1)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -152,9 +155,10 @@ def test_votes_count_by_likeness_and_by_what_they_stand_for():
 
 
 def test_dice_of_hand_made_maps():
-    reference = torch.tensor([0, 1, 1, 2, -1, -1])
-    prediction = torch.tensor([1, 1, 0, 2, 2, 1])
-    assert dice(prediction, reference, [1, 2, 3]) == pytest.approx([0.5, 1.0, NAN], nan_ok=True)
+    """The third class is on neither side, which is right; the fourth is predicted where it is not."""
+    reference = torch.tensor([0, 1, 1, 2, -1, -1, 0])
+    prediction = torch.tensor([1, 1, 0, 2, 2, 1, 4])
+    assert dice(prediction, reference, [1, 2, 3, 4]) == pytest.approx([0.5, 1.0, 1.0, 0.0])
 
 
 def test_joined_samples_are_in_order_and_cut():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nnssl_ext.evaluation import statistics
-from nnssl_ext.evaluation.analysis import class_names, compare, judge_convergence, summarise, tabulate
+from nnssl_ext.evaluation.analysis import class_names, compare, judge_convergence, num_absent, summarise, tabulate
 from nnssl_ext.evaluation.metrics import ClassScores
 from nnssl_ext.evaluation.records import MEAN_CLASS, CaseScores, Curve, Run
 
@@ -40,7 +40,7 @@ def test_a_table_holds_seeds_by_cases() -> None:
     assert (table.seeds, table.cases, table.folds) == ((0, 1), ("case_0", "case_1"), (0, 1))
     assert np.array_equal(table.values, [[0.4, np.nan], [np.nan, 0.5]], equal_nan=True)
     mean = tabulate(scores, "dice", MEAN_CLASS)["a", 5]
-    assert mean.values[0, 0] == 0.4  # a class that is in neither mask is left out of the case's mean
+    assert mean.values[0, 0] == 0.4
     assert mean.values[1, 1] == pytest.approx(0.6)
 
 
@@ -101,12 +101,26 @@ def test_scans_of_one_patient_are_no_further_patients() -> None:
     assert (thrice.interval.low, thrice.interval.high) == pytest.approx((once.interval.low, once.interval.high))
 
 
-def test_an_undefined_score_drops_the_pair() -> None:
-    scores = [
-        scored("scratch", "case_0", None, 0.5) if (r.arm, r.case) == ("scratch", "case_0") else r for r in rows((0,))
-    ]
-    row = next(c for c in compare(scores, BASELINES, ["one"]) if c.metric == "dice")
-    assert row.num_pairs == 7
+def test_classes_agree_with_their_mean_where_a_case_lacks_one() -> None:
+    """Scratch says rightly that two cases lack the class, mae finds it there; a third class is in no case.
+
+    Catches a score that is left out in one arm only, and a class without any case that enters a mean.
+    """
+    scores = []
+    for arm, found in (("scratch", 1.0), ("mae", 0.0)):
+        for case in CASES:
+            score = scored(arm, case, 0.9, found if case in CASES[:2] else 0.7)
+            one, two = score.classes["one"], score.classes["two"]
+            two = replace(two, reference_voxels=0) if case in CASES[:2] else two
+            none = replace(one, dice=found, nsd=found, hd95=found, reference_voxels=0)
+            scores.append(replace(score, classes={"one": one, "two": two, "none": none}))
+    found = {c.class_name: c for c in compare(scores, BASELINES, ["mean", "one", "two", "none"]) if c.metric == "dice"}
+    assert [found[name].num_pairs for name in ("mean", "one", "two", "none")] == [8, 8, 8, 0]
+    assert found["one"].difference == 0
+    assert found["two"].difference == pytest.approx(-2 / 8)
+    assert found["mean"].difference == pytest.approx(-1 / 8)  # the mean of both
+    assert found["none"].difference is None
+    assert [num_absent(scores, name) for name in ("one", "two", "none")] == [0, 2, 8]
 
 
 def test_the_same_scores_give_the_same_intervals() -> None:

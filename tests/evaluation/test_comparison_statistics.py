@@ -127,9 +127,6 @@ def test_the_luck_of_three_seeds_is_seldom_called_a_difference() -> None:
 def test_seeds_in_favour_and_pairs() -> None:
     assert compared.seeds_in_favour(np.array([[0.1, 0.2], [-0.3, 0.1], [0.0, 0.1]])) == 2
     assert compared.pairs_of([2, 0, 1]) == [(2, 0), (2, 1), (0, 1)]
-    scores = np.ones((2, 2, 3))
-    scores[1, 0, 1] = np.nan
-    np.testing.assert_array_equal(compared.complete(scores), [True, False, True])
 
 
 def test_tukeys_difference_of_two_arms_is_half_of_students_paired_interval() -> None:

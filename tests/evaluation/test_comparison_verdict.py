@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from nnssl_ext.evaluation import comparison_verdict, statistics
-from nnssl_ext.evaluation.metrics import ClassScores
 from tests.evaluation import comparison_fakes as fakes
 
 
@@ -70,17 +69,11 @@ def test_a_best_arm_is_named() -> None:
     assert clear.rankings[0].sentences[0].endswith("it is better than all others.")
 
 
-def test_cases_without_a_score_in_one_arm_are_left_out_for_all() -> None:
-    empty = ClassScores(dice=None, nsd=None, hd95=None, reference_voxels=0, predicted_voxels=0)
-    rows = fakes.case_scores(sizes=(5,))
-    gap = next(i for i, row in enumerate(rows) if (row.arm, row.seed, row.case) == ("ptPlans__MAE", 1, "case_03"))
-    rows[gap] = replace(rows[gap], classes={"organ": empty})
-    labels = {f"ptPlans__{label}": label for label in fakes.LEVELS}
-    (ranking,) = comparison_verdict.rank_arms(rows, labels, (5,))
-    assert (ranking.num_cases, ranking.num_left_out) == (23, 1)
-    known = [case for case in range(24) if case != 3]
-    expected = fakes.cases_of(fakes.case_scores(sizes=(5,)), "scratch", 5)[:, known].mean()
-    assert next(arm for arm in ranking.arms if arm.label == "scratch").mean == pytest.approx(expected)
+def test_what_no_case_holds_is_not_ranked() -> None:
+    rows = fakes.case_scores({"scratch": 0.5, "MAE": 0.9}, sizes=(5,))
+    empty = [replace(row, classes={"organ": replace(row.classes["organ"], reference_voxels=0)}) for row in rows]
+    with pytest.raises(ValueError, match="2 patients or more with a class in some label; there are 24"):
+        comparison_verdict.rank_arms(empty, {"ptPlans__scratch": "scratch", "ptPlans__MAE": "MAE"}, (5,))
 
 
 def test_scans_of_one_patient_are_no_further_blocks(comparison) -> None:

@@ -112,7 +112,7 @@ def test_the_right_order_of_axes_is_used_for_spacing() -> None:
 def test_empty_masks_follow_the_stated_rules() -> None:
     empty, full = np.zeros((4, 5, 6), np.uint8), np.ones((4, 5, 6), np.uint8)
     nothing = score_case(empty, empty, SPACING, {"one": (1,)})["one"]
-    assert nothing == ClassScores(dice=None, nsd=None, hd95=None, reference_voxels=0, predicted_voxels=0)
+    assert nothing == ClassScores(dice=1.0, nsd=1.0, hd95=0.0, reference_voxels=0, predicted_voxels=0)
     diagonal = np.linalg.norm([3 * 3.0, 4 * 0.7, 5 * 1.1])
     for reference, prediction in ((empty, full), (full, empty)):
         scores = score_case(reference, prediction, SPACING, {"one": (1,)})["one"]
