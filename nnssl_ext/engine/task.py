@@ -1,7 +1,7 @@
 """The two ideas the engine runs on: a task is a self-supervised objective, a trainer is a task plus a recipe.
 
-To add a method, write one file in `nnssl_ext/trainers` with a config, a task and a trainer; `trainers/mae.py` is the
-shortest example. The engine knows nothing but what stands here.
+To add a method, write one file in `nnssl_ext/trainers` with a config, a task and a trainer; `trainers/rotation.py` is a
+short example. The engine knows nothing but what stands here.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.needs import DataNeeds
+from nnssl_ext.models.backbone import export_network
 from nnssl_ext.models.encoder import Encoder
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -48,8 +49,8 @@ class TaskInfo:
     encoders: AbstractSet[str]
     """Kinds of backbone it runs on: "cnn", "vit"."""
     trains_decoder: bool = False
-    """Whether the decoder that a CNN exports was trained as well, so that fine-tuning may start from it. That of a
-    transformer never serves another task: its widths follow the number of classes."""
+    """Whether the decoder that a CNN exports, the task's module `decoder`, was trained as well, so that fine-tuning may
+    start from it. That of a transformer never serves another task: its widths follow the number of classes."""
     needs: DataNeeds = field(default_factory=DataNeeds)
     """What it asks of the data; a run on data that cannot give it is refused at the start."""
     needs_if: str = ""
@@ -211,12 +212,14 @@ class PretextTask(nn.Module, ABC):
         """The encoder that `export_network` hands on: `encoder`, or a teacher's copy of it."""
         return self.encoder
 
-    @abstractmethod
     def export_network(self) -> nn.Module:
         """The full segmentation network in nnU-Net's own key names, holding what was learned.
 
-        What the task trains shares its memory; the rest is freshly initialised, the same every time.
+        The encoder, and a U-Net's `decoder` where it is trained, share their memory with the task's; the rest is
+        freshly initialised, the same every time.
         """
+        decoder = self.get_submodule("decoder") if self.trains_decoder else None
+        return export_network(self.configuration, self.exported_encoder, decoder)
 
 
 @dataclass(frozen=True, kw_only=True)

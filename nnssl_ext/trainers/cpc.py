@@ -34,7 +34,7 @@ from nnssl_ext.engine.task import (
     Views,
 )
 from nnssl_ext.loading.batch import Batch
-from nnssl_ext.models.backbone import build_encoder, descriptor, export_network
+from nnssl_ext.models.backbone import build_encoder, descriptor
 from nnssl_ext.models.perceptron import PooledHead
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -158,10 +158,6 @@ class CPC(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The codes to predict are another case's; see `PretextTask.sham`."""
         return {**views, "partner": of_another_case(views["partner"])}
-
-    def export_network(self) -> nn.Module:
-        """The encoder with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 @TRAINERS.register

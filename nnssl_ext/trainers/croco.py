@@ -19,7 +19,6 @@ from math import prod
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
@@ -29,7 +28,6 @@ from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer, StepOu
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.losses.mae import guess_error, masked_mse
-from nnssl_ext.models.backbone import export_network
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
@@ -211,10 +209,6 @@ class CroCo(PretextTask):
     def predictor(self) -> Mapping[str, torch.Tensor]:
         """The decoder; see `PretextTask`."""
         return self.decoder.state_dict(prefix="decoder.")
-
-    def export_network(self) -> nn.Module:
-        """The transformer as trained, with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 @TRAINERS.register

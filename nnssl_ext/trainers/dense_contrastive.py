@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
@@ -37,7 +36,7 @@ from nnssl_ext.engine.task import (
 )
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.dense_contrast import dense_contrast
-from nnssl_ext.models.backbone import export_network, is_transformer
+from nnssl_ext.models.backbone import is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -246,10 +245,6 @@ class DenseContrastive(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The second view is another case's; see `PretextTask.sham`."""
         return {**views, "partner": of_another_case(views["partner"])}
-
-    def export_network(self) -> nn.Module:
-        """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder, self.decoder)
 
 
 @TRAINERS.register

@@ -19,7 +19,6 @@ from math import ceil, prod
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
@@ -43,7 +42,7 @@ from nnssl_ext.losses.gram import gram_loss
 from nnssl_ext.losses.ibot import ibot_loss
 from nnssl_ext.losses.koleo import koleo
 from nnssl_ext.losses.sinkhorn import sinkhorn
-from nnssl_ext.models.backbone import build_encoder, descriptor, export_network, flat_tokens, token_level
+from nnssl_ext.models.backbone import build_encoder, descriptor, flat_tokens, token_level
 from nnssl_ext.models.distillation import Centring, DistillationConfig
 from nnssl_ext.models.ema import Teacher
 from nnssl_ext.models.encoder import Encoder
@@ -275,10 +274,6 @@ class DINO(PretextTask):
     def exported_encoder(self) -> Encoder:
         """The teacher's encoder, or the student's where the settings say so."""
         return self.teacher.encoder if self.config.export == "teacher" else self.encoder
-
-    def export_network(self) -> nn.Module:
-        """The exported encoder with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.exported_encoder)
 
 
 class DINOv2(DINO):

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
@@ -31,7 +30,7 @@ from nnssl_ext.engine.task import (
 )
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.triplet import triplet_loss
-from nnssl_ext.models.backbone import build_encoder, descriptor, export_network
+from nnssl_ext.models.backbone import build_encoder, descriptor
 from nnssl_ext.models.perceptron import PooledHead
 from nnssl_ext.models.queue import case_keys
 from nnssl_ext.planners.plan import Configuration
@@ -139,10 +138,6 @@ class Exemplar(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """A coin says of each crop whether it or the others should be nearer; see `PretextTask.sham`."""
         return {**views, "order": drawn_classes(views["order"], 2, random)}
-
-    def export_network(self) -> nn.Module:
-        """The encoder with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 @TRAINERS.register

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import above_zero, at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
@@ -34,7 +33,7 @@ from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_l1
 from nnssl_ext.losses.nt_xent import check_negatives, nt_xent
 from nnssl_ext.losses.restoration import trivial_errors
-from nnssl_ext.models.backbone import export_network, is_transformer
+from nnssl_ext.models.backbone import is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.models.queue import case_keys
 from nnssl_ext.planners.plan import Configuration
@@ -148,10 +147,6 @@ class Inpainting(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """Crop to restore and partner of the contrast are another case's; see `PretextTask.sham`."""
         return {**restore_another_case(views, asked="valid"), "partner": of_another_case(views["partner"])}
-
-    def export_network(self) -> nn.Module:
-        """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder, self.decoder)
 
 
 def damaged(image: torch.Tensor, valid: torch.Tensor, random: SampleRandom, config: InpaintingConfig) -> torch.Tensor:

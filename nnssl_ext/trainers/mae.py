@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from math import prod
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import above_zero, at_least, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import guess_error, hidden_share, masked_mse
-from nnssl_ext.models.backbone import export_network, is_transformer
+from nnssl_ext.models.backbone import is_transformer
 from nnssl_ext.models.dense import build_dense
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -127,10 +126,6 @@ class MAE(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The voxels to restore are those of another case; see `PretextTask.sham`."""
         return restore_another_case(views)
-
-    def export_network(self) -> nn.Module:
-        """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder, self.decoder)
 
 
 def _check_block(block_size: int, patch_size: tuple[int, ...]) -> None:

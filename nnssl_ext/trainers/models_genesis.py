@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
@@ -23,7 +22,7 @@ from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTra
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_mse
 from nnssl_ext.losses.restoration import trivial_errors
-from nnssl_ext.models.backbone import export_network, is_transformer
+from nnssl_ext.models.backbone import is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -117,10 +116,6 @@ class ModelsGenesis(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The crop to restore is another case's; see `PretextTask.sham`."""
         return restore_another_case(views, asked="valid")
-
-    def export_network(self) -> nn.Module:
-        """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder, self.decoder)
 
 
 def damaged(

@@ -34,7 +34,6 @@ from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer, StepOu
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.losses.mae import guess_error, masked_mse
-from nnssl_ext.models.backbone import export_network
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.modalities import keep_modalities, of_modality
@@ -207,10 +206,6 @@ class MultiMAE(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The tokens to restore are those of another case; see `PretextTask.sham`."""
         return restore_another_case(views)
-
-    def export_network(self) -> nn.Module:
-        """The transformer as trained, with a fresh decoder; see `PretextTask` and the module."""
-        return export_network(self.configuration, self.encoder)
 
 
 def _each(values: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from math import prod
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from nnssl_ext.core.checks import above_zero, at_least, rising, within
@@ -40,7 +39,7 @@ from nnssl_ext.engine.task import (
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.sinkhorn import sinkhorn
 from nnssl_ext.losses.swav import assignment_metrics, swapped_prediction
-from nnssl_ext.models.backbone import build_encoder, export_network, token_level
+from nnssl_ext.models.backbone import build_encoder, token_level
 from nnssl_ext.models.heads import PrototypeHead
 from nnssl_ext.models.queue import EMPTY, FeatureQueue, all_rows, case_keys
 from nnssl_ext.models.standardise import Standardise
@@ -284,10 +283,6 @@ class PatchClustering(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The second view is another case's; see `PretextTask.sham`."""
         return {**views, "partner": of_another_case(views["partner"])}
-
-    def export_network(self) -> nn.Module:
-        """The encoder with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 def features_at(maps: Sequence[torch.Tensor], place: torch.Tensor) -> torch.Tensor:

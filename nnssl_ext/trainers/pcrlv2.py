@@ -41,7 +41,7 @@ from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_mse
 from nnssl_ext.losses.restoration import trivial_errors
 from nnssl_ext.losses.siamese import agreements
-from nnssl_ext.models.backbone import build_encoder, export_network
+from nnssl_ext.models.backbone import build_encoder
 from nnssl_ext.models.perceptron import perceptron
 from nnssl_ext.models.skipless import CONVS, SkiplessDecoder
 from nnssl_ext.models.standardise import Standardise
@@ -237,10 +237,6 @@ class PCRLv2(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """Crops to restore and features to predict are another case's; see `PretextTask.sham`."""
         return {**restore_another_case(views, asked="valid"), "partner": of_another_case(views["partner"])}
-
-    def export_network(self) -> nn.Module:
-        """The encoder with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 def by_sample(tensor: torch.Tensor) -> torch.Tensor:

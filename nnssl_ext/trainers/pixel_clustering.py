@@ -18,14 +18,13 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.cluster_ce import cluster_cross_entropy, cluster_metrics, cluster_weights
-from nnssl_ext.models.backbone import build_encoder, export_network, is_transformer
+from nnssl_ext.models.backbone import build_encoder, is_transformer
 from nnssl_ext.models.cluster_model import ClusterModel, check_crops, load_clusters
 from nnssl_ext.models.clusters import Clusters
 from nnssl_ext.models.gaussian_scales import GaussianScales
@@ -227,10 +226,6 @@ class PixelClustering(PretextTask):
     def predictor(self) -> Mapping[str, torch.Tensor]:
         """The decoder and its output; see `PretextTask`."""
         return {name: value for name, value in self.state_dict().items() if name.startswith(("decoder.", "output."))}
-
-    def export_network(self) -> nn.Module:
-        """The encoder with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 def _clusters(config: PixelClusteringConfig, configuration: Configuration) -> ClusterModel:

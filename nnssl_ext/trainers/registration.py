@@ -31,7 +31,7 @@ from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.losses.mae import guess_error, masked_mse
 from nnssl_ext.losses.registration import endpoint_error, mean_ncc, squared_gradients
-from nnssl_ext.models.backbone import export_network, is_transformer
+from nnssl_ext.models.backbone import is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.models.fields import determinants, warp
 from nnssl_ext.models.registration import Deformation, RegistrationHead
@@ -247,10 +247,6 @@ class Registration(PretextTask):
         """The images to lay upon each other and to restore are those of another sample; see `PretextTask.sham`."""
         views = restore_another_case(views)
         return restore_another_case(views, "truth", "known") if "truth" in views else views
-
-    def export_network(self) -> nn.Module:
-        """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder, self.decoder)
 
 
 def displacement(moving: SpatialTransform, fixed: SpatialTransform) -> torch.Tensor:

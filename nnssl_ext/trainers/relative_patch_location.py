@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from nnssl_ext.core.checks import at_least
@@ -23,7 +22,7 @@ from nnssl_ext.engine.optim import OptimConfig
 from nnssl_ext.engine.schedules import ScheduleConfig
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
-from nnssl_ext.models.backbone import build_encoder, descriptor, export_network
+from nnssl_ext.models.backbone import build_encoder, descriptor
 from nnssl_ext.models.perceptron import PooledHead
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -112,10 +111,6 @@ class RelativePatchLocation(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """Places are drawn anew, whatever is seen; see `PretextTask.sham`."""
         return {**views, "place": drawn_classes(views["place"], self.num_classes, random)}
-
-    def export_network(self) -> nn.Module:
-        """The encoder with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 @TRAINERS.register

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import above_zero, at_least, within
 from nnssl_ext.core.random import SampleRandom
@@ -35,7 +34,7 @@ from nnssl_ext.engine.task import (
 )
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.nt_xent import nt_xent
-from nnssl_ext.models.backbone import build_encoder, descriptor, export_network
+from nnssl_ext.models.backbone import build_encoder, descriptor
 from nnssl_ext.models.ema import Teacher
 from nnssl_ext.models.perceptron import perceptron
 from nnssl_ext.models.queue import EMPTY, FeatureQueue, all_rows, case_keys
@@ -177,10 +176,6 @@ class SimCLR(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The view to find is another case's; see `PretextTask.sham`."""
         return {**views, "partner": of_another_case(views["partner"])}
-
-    def export_network(self) -> nn.Module:
-        """The encoder with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 @TRAINERS.register

@@ -22,7 +22,6 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import guess_error, hidden_share, masked_l1, masked_mse
-from nnssl_ext.models.backbone import export_network
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.sham import restore_another_case
@@ -128,10 +127,6 @@ class SimMIM(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The voxels to restore are those of another case; see `PretextTask.sham`."""
         return restore_another_case(views)
-
-    def export_network(self) -> nn.Module:
-        """The transformer as trained, with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 @TRAINERS.register

@@ -23,7 +23,7 @@ from nnssl_ext.core.random import SampleRandom, generator
 from nnssl_ext.engine.task import TRAINERS, PretextTask, PretrainTrainer, StepOutput, TaskInfo, Views
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import guess_error, hidden_share, masked_mse
-from nnssl_ext.models.resenc import build_unet, export_unet
+from nnssl_ext.models.resenc import build_unet
 from nnssl_ext.models.visible import Densify, check_visible_only, scale_masks, visible_feature_maps
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -126,10 +126,6 @@ class Spark(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The voxels to restore are those of another case; see `PretextTask.sham`."""
         return restore_another_case(views)
-
-    def export_network(self) -> nn.Module:
-        """The stock U-Net as trained, without what fills holes; see `PretextTask`."""
-        return export_unet(self.configuration, self.encoder, self.decoder)
 
 
 @TRAINERS.register

@@ -36,7 +36,7 @@ from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.mae import masked_l1
 from nnssl_ext.losses.nt_xent import check_negatives, nt_xent
 from nnssl_ext.losses.restoration import trivial_errors
-from nnssl_ext.models.backbone import export_network, is_transformer
+from nnssl_ext.models.backbone import is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.models.queue import case_keys
 from nnssl_ext.planners.plan import Configuration
@@ -179,10 +179,6 @@ class SwinUNETR(PretextTask):
             "target": of_another_case(views["target"]),
             "asked": views["asked"] & of_another_case(views["valid"]),
         }
-
-    def export_network(self) -> nn.Module:
-        """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder, self.decoder)
 
 
 @TRAINERS.register

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from math import prod
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import at_least, within
 from nnssl_ext.core.random import SampleRandom
@@ -35,7 +34,7 @@ from nnssl_ext.engine.task import (
 )
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.voco import voco_loss
-from nnssl_ext.models.backbone import build_encoder, descriptor, export_network
+from nnssl_ext.models.backbone import build_encoder, descriptor
 from nnssl_ext.models.ema import Teacher
 from nnssl_ext.models.perceptron import perceptron
 from nnssl_ext.models.standardise import Standardise
@@ -156,10 +155,6 @@ class VoCo(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The overlaps are those of another case's crops; see `PretextTask.sham`."""
         return {**views, "target": of_another_case(views["target"])}
-
-    def export_network(self) -> nn.Module:
-        """The encoder with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder)
 
 
 def base_grid(number: int, patch_size: tuple[int, ...], spacing: tuple[float, ...]) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from nnssl_ext.core.checks import at_least, rising, within
 from nnssl_ext.core.random import SampleRandom
@@ -20,7 +19,7 @@ from nnssl_ext.engine.task import TRAINERS, VIT_RECIPE, PretextTask, PretrainTra
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.losses.dice_ce import dice_ce
-from nnssl_ext.models.backbone import export_network, is_transformer
+from nnssl_ext.models.backbone import is_transformer
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
@@ -120,10 +119,6 @@ class VolumeFusion(PretextTask):
     def sham(self, views: Views, random: SampleRandom) -> Views:
         """The classes are those of another sample's boxes; see `PretextTask.sham`."""
         return restore_another_case(views, target="classes", asked="valid")
-
-    def export_network(self) -> nn.Module:
-        """The whole network: a U-Net as trained, a transformer with a fresh decoder; see `PretextTask`."""
-        return export_network(self.configuration, self.encoder, self.decoder)
 
 
 def share_classes(random: SampleRandom, valid: torch.Tensor, config: VolumeFusionConfig) -> torch.Tensor:

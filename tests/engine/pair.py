@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nnssl_ext.engine.task import Embeddings, PretextTask, PretrainTrainer, StepOutput, TaskInfo
-from nnssl_ext.models.backbone import build_encoder, export_network
+from nnssl_ext.models.backbone import build_encoder
 from nnssl_ext.models.standardise import Standardise
 from nnssl_ext.planners.rules import StepCost
 
@@ -58,9 +58,6 @@ class Pair(PretextTask):
     def respond(self, response):
         self.turned += 1
         return f"turned {response}"
-
-    def export_network(self):
-        return export_network(self.configuration, self.encoder)
 
 
 class PairTrainer(PretrainTrainer):
