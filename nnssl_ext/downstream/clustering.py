@@ -258,13 +258,9 @@ def unfitted_clusters(
         level = default_level(Frozen(cast(Encoder, extractor), plan, configuration))
     if not 0 <= level < len(extractor.channels):
         raise ValueError(f"--level {level} is not there: choose 0 (finest) to {len(extractor.channels) - 1}")
-    own = Plan({**plan.raw, "configurations": {configuration.name: _resolved(configuration.raw)}})
+    own = Plan({**plan.raw, "configurations": {configuration.name: configuration.raw}})
     clusters = Clusters(extractor.channels[level], num_clusters)
     return ClusterModel(extractor, clusters, level, upsampling), Origin(source, own, background_std)
-
-
-def _resolved(configuration: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in configuration.items() if key != "inherits_from"}
 
 
 def drawn_voxels(features: FeatureMap, number: int, seed: int) -> torch.Tensor:

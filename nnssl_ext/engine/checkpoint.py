@@ -70,7 +70,7 @@ def build_checkpoint(
         "network_weights": task.export_network().state_dict(),
         "citations": citations(trainer, task.encoder.kind),
         "nnssl_adaptation_plan": adaptation_plan(plan, configuration, task.encoder),
-        "nnssl_plans": {**plan.raw, "configurations": {configuration.name: _own_settings(configuration)}},
+        "nnssl_plans": {**plan.raw, "configurations": {configuration.name: configuration.raw}},
         "nnssl_pretraining": {
             "trainer": type(trainer).__name__,
             "recipe": to_dict(_without_paths(trainer)),
@@ -165,10 +165,6 @@ def _upstream_configuration(plan: Plan, configuration: Configuration) -> dict[st
         "spacing": list(configuration.spacing),
         "patch_size": list(configuration.patch_size),
     }
-
-
-def _own_settings(configuration: Configuration) -> dict[str, Any]:
-    return {key: value for key, value in configuration.raw.items() if key != "inherits_from"}
 
 
 def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:

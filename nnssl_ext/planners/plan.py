@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +55,7 @@ class Configuration:
     transpose_backward: tuple[int, ...]
     """The inverse order."""
     raw: dict[str, Any] = field(repr=False, compare=False)
-    """The configuration as nnU-Net's JSON has it, inheritance resolved."""
+    """The configuration as nnU-Net's JSON has it, inheritance resolved and not named any more."""
 
     @property
     def dims(self) -> int:
@@ -137,10 +137,12 @@ class Plan:
         """One configuration, with what it inherits filled in.
 
         Raises:
-            ValueError: If there is none of that name, it inherits from itself, or a key is missing.
+            ValueError: If there is none of that name, it inherits from itself, or a key is missing or malformed.
         """
         raw = self._resolve(name, ())
         try:
+            for fault in _faults(raw):
+                raise ValueError(f"configuration {name!r} of plans {self.plans_name!r}: {fault}")
             return Configuration(
                 name=name,
                 data_identifier=raw["data_identifier"],
@@ -170,5 +172,32 @@ class Plan:
         if name in visited:
             raise ValueError(f"configuration {name!r} inherits from itself: {' -> '.join((*visited, name))}")
         own = deepcopy(configurations[name])
-        parent = own.get("inherits_from")
+        parent = own.pop("inherits_from", None)
         return {**self._resolve(parent, (*visited, name)), **own} if parent else own
+
+
+def _faults(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What an edit by hand may have broken in a configuration, in words.
+
+    Raises:
+        KeyError: If a key is missing.
+    """
+    for key, kind, form in (
+        ("patch_size", int, "whole numbers above 0"),
+        ("spacing", int | float, "numbers above 0, in mm"),
+    ):
+        value = raw[key]
+        if not isinstance(value, list) or not all(isinstance(each, kind) and each > 0 for each in value):
+            yield f"{key} must be a list of {form}, not {value!r}"
+    if len(raw["patch_size"]) != len(raw["spacing"]):
+        yield f"patch_size {raw['patch_size']} and spacing {raw['spacing']} must have a number per axis"
+    if not isinstance(raw["batch_size"], int) or raw["batch_size"] < 1:
+        yield f"batch_size must be a whole number, 1 or more, not {raw['batch_size']!r}"
+    network = raw["architecture"]["arch_kwargs"]
+    for key in ("features_per_stage", "strides", "kernel_sizes", "n_blocks_per_stage", "n_conv_per_stage"):
+        value = network.get(key)
+        if isinstance(value, list) and len(value) != network["n_stages"]:
+            yield f"{key} of the network has {len(value)} entries, for {network['n_stages']} stages (n_stages)"
+    for stride in network.get("strides", ()):
+        if isinstance(stride, list) and len(stride) != len(raw["patch_size"]):
+            yield f"a stride of the network, {stride}, has not a number for each axis of patch_size {raw['patch_size']}"

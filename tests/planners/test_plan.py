@@ -40,7 +40,7 @@ def test_hand_written_configuration_inherits_as_in_nnunet(plan):
     assert (configuration.batch_size, configuration.patch_size) == (9, (32, 32, 32))
     assert configuration.data_identifier == "nnsslPlans_3d_fullres"
     theirs = PlansManager(raw).get_configuration("larger")
-    assert theirs.configuration == configuration.raw
+    assert theirs.configuration == {**configuration.raw, "inherits_from": "large"}
     assert raw["configurations"]["larger"] == {"inherits_from": "large", "patch_size": [32, 32, 32]}
 
 
@@ -54,6 +54,27 @@ def test_circular_inheritance_is_refused(plan):
 def test_unknown_configuration_lists_those_there(plan):
     with pytest.raises(ValueError, match=r"no configuration '2d'\. There: 3d_fullres"):
         plan.configuration("2d")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("patch_size", 16, "patch_size must be a list of whole numbers above 0, not 16"),
+        ("patch_size", "16", "patch_size must be a list"),
+        ("patch_size", [16, 16, 0], "patch_size must be a list"),
+        ("patch_size", [16, 16], r"patch_size \[16, 16\] and spacing .* a number per axis"),
+        ("spacing", [1, 1, None], "spacing must be a list of numbers above 0, in mm"),
+        ("batch_size", "two", "batch_size must be a whole number, 1 or more, not 'two'"),
+        ("features_per_stage", [8, 16], "features_per_stage of the network has 2 entries, for 3 stages"),
+        ("strides", [[1, 1, 1], [2, 2], [2, 2, 2]], r"a stride of the network, \[2, 2\], has not a number"),
+    ],
+)
+def test_what_an_edit_broke_is_named(plan, key, value, message):
+    raw = deepcopy(plan.raw)
+    changed = raw["configurations"]["3d_fullres"]
+    (changed if key in changed else changed["architecture"]["arch_kwargs"])[key] = value
+    with pytest.raises(ValueError, match=f"configuration '3d_fullres' of plans 'nnsslPlans': {message}"):
+        Plan(raw).configuration("3d_fullres")
 
 
 def test_missing_key_is_named(plan):
