@@ -11,7 +11,7 @@ from nnssl_ext.evaluation.analysis import tabulate
 from nnssl_ext.evaluation.convergence import tail_length
 from nnssl_ext.evaluation.records import MEAN_CLASS, Arm, Evaluation, NumTrain
 from nnssl_ext.evaluation.statistics import mean_over_seeds
-from nnssl_ext.evaluation.verdict import size_text
+from nnssl_ext.evaluation.verdict import HEADLINE_METRIC, size_text
 from nnssl_ext.reports.style import (
     GRID,
     INK,
@@ -59,28 +59,28 @@ def _panel_size(num_sizes: int, height: float) -> tuple[float, float]:
     return (2 * _PANEL, 1.05 * _PANEL) if num_sizes == 1 else (num_sizes * _PANEL, height * _PANEL)
 
 
-def data_efficiency(evaluation: Evaluation, metric: str = "dice") -> Picture:
-    """Mean of a metric against the number of training cases, with intervals and one small dot per seed."""
+def data_efficiency(evaluation: Evaluation) -> Picture:
+    """Mean score against the number of training cases, with intervals and one small dot per seed."""
     sizes, colours = list(evaluation.num_train), arm_colours(evaluation.arms)
     gap = min(_SPREAD, _MAX_SPREAD / len(evaluation.arms))
     with drawing(_width(sizes), 4.1) as figure:
         axes = figure.add_subplot()
         for index, arm in enumerate(evaluation.arms):
             offset = (index - (len(evaluation.arms) - 1) / 2) * gap
-            _efficiency_line(axes, evaluation, arm, metric, offset, colours[arm.name])
+            _efficiency_line(axes, evaluation, arm, offset, colours[arm.name])
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.set_xlim(-0.5, len(sizes) - 0.5)
         axes.set_xlabel("training cases per fold")
-        axes.set_ylabel(f"mean foreground {metric_label(metric)}")
+        axes.set_ylabel(f"mean foreground {metric_label(HEADLINE_METRIC)}")
         axes.grid(visible=False, axis="x")
         legend(figure, axes, "best")
         return encode(figure)
 
 
-def _efficiency_line(axes: Axes, evaluation: Evaluation, arm: Arm, metric: str, offset: float, colour: str) -> None:
+def _efficiency_line(axes: Axes, evaluation: Evaluation, arm: Arm, offset: float, colour: str) -> None:
     xs, ys, lows, highs = [], [], [], []
     for position, size in enumerate(evaluation.num_train):
-        row = evaluation.summary(arm.name, size, metric)
+        row = evaluation.summary(arm.name, size, HEADLINE_METRIC)
         if row is None or row.mean is None:
             continue
         low, high = (row.interval.low, row.interval.high) if row.interval else (row.mean, row.mean)
@@ -98,7 +98,7 @@ def _efficiency_line(axes: Axes, evaluation: Evaluation, arm: Arm, metric: str, 
     )
 
 
-def fold_spread(evaluation: Evaluation, metric: str = "dice") -> Picture:
+def fold_spread(evaluation: Evaluation) -> Picture:
     """Mean of each fold as a dot, the mean over cases as a bar, for every arm and size."""
     colours = arm_colours(evaluation.arms)
     gap = min(1.6 * _SPREAD, _MAX_SPREAD / len(evaluation.arms))
@@ -107,7 +107,7 @@ def fold_spread(evaluation: Evaluation, metric: str = "dice") -> Picture:
         for index, arm in enumerate(evaluation.arms):
             offset = (index - (len(evaluation.arms) - 1) / 2) * gap
             for position, size in enumerate(evaluation.num_train):
-                row = evaluation.summary(arm.name, size, metric)
+                row = evaluation.summary(arm.name, size, HEADLINE_METRIC)
                 if row is None or row.mean is None:
                     continue
                 x, folds = position + offset, list(row.fold_means.values())
@@ -118,7 +118,7 @@ def fold_spread(evaluation: Evaluation, metric: str = "dice") -> Picture:
         axes.set_xticks(range(len(evaluation.num_train)), [str(size) for size in evaluation.num_train])
         axes.set_xlim(-0.5, len(evaluation.num_train) - 0.5)
         axes.set_xlabel("training cases per fold")
-        axes.set_ylabel(f"mean {metric_label(metric)} of a fold")
+        axes.set_ylabel(f"mean {metric_label(HEADLINE_METRIC)} of a fold")
         axes.grid(visible=False, axis="x")
         legend(figure, axes, "best")
         return encode(figure)
@@ -129,9 +129,9 @@ def rows_of(sizes: Sequence[NumTrain]) -> list[Sequence[NumTrain]]:
     return [sizes[start : start + _MAX_PANELS] for start in range(0, len(sizes), _MAX_PANELS)]
 
 
-def paired_cases(evaluation: Evaluation, arm: str, sizes: Sequence[NumTrain], metric: str = "dice") -> Picture:
+def paired_cases(evaluation: Evaluation, arm: str, sizes: Sequence[NumTrain]) -> Picture:
     """Every case once per size: an arm's baseline against it, and the sorted differences beneath."""
-    tables = tabulate(evaluation.cases, metric, MEAN_CLASS)
+    tables = tabulate(evaluation.cases, HEADLINE_METRIC, MEAN_CLASS)
     reference = evaluation.baseline(arm)
     colour = arm_colours(evaluation.arms)[arm]
     with drawing(*_panel_size(len(sizes), 1.75)) as figure:
@@ -143,10 +143,10 @@ def paired_cases(evaluation: Evaluation, arm: str, sizes: Sequence[NumTrain], me
             _scatter(scatter, base[known], own[known], colour)
             _differences(bars, own[known] - base[known], colour)
             scatter.set_title(size_text(size))
-            scatter.set_xlabel(f"{reference.label}, {metric_label(metric)}")
+            scatter.set_xlabel(f"{reference.label}, {metric_label(HEADLINE_METRIC)}")
             bars.set_xlabel("cases, sorted")
         _share_height([bars for _, bars in pairs])
-        pairs[0][0].set_ylabel(f"{evaluation.arm(arm).label}, {metric_label(metric)}")
+        pairs[0][0].set_ylabel(f"{evaluation.arm(arm).label}, {metric_label(HEADLINE_METRIC)}")
         pairs[0][1].set_ylabel("difference")
         return encode(figure)
 
