@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_ext.cli.common import command
-from nnssl_ext.cli.machine import add_machine, default_device, num_train, shared_gpus, training_executor
+from nnssl_ext.cli.machine import add_machine, default_device, num_train, num_workers, shared_gpus, training_executor
 
 if TYPE_CHECKING:
     from nnssl_ext.core.executor import Executor
@@ -30,7 +30,6 @@ Every method is pretrained for each seed with the same budget, probed by labels 
 scratch. A second start goes on where the first one stopped. comparison.json, comparison.html, comparison.md and the
 evaluation behind them go to $nnssl_results/DATASET/evaluation/NAME. docs/comparison.md says what the numbers mean.
 """
-GPU_WORKERS = 4
 
 
 def parser() -> argparse.ArgumentParser:
@@ -125,11 +124,10 @@ def _machine(args: argparse.Namespace) -> Machine:
     from nnssl_ext.evaluation.comparison_tasks import Machine
 
     device = args.device or default_device()
-    workers = 0 if device == "cpu" else GPU_WORKERS
     return Machine(
         device=device,
         precision=args.precision,
-        num_workers=workers if args.num_workers is None else args.num_workers,
+        num_workers=num_workers(args, device),
         gpus=shared_gpus(args, device),
     )
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from nnssl_ext.core.executor import Executor
 
+GPU_WORKERS = 4
+
 
 def add_machine(group: argparse._ArgumentGroup, threads: str = "all threads") -> None:
     """Adds the options of the machine; `threads` are those of a CPU that one training at a time has, for the help."""
@@ -36,6 +38,15 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def num_workers(args: argparse.Namespace, device: str) -> int:
+    """How many processes read crops: as asked for, else none on a CPU and on a GPU four, or fewer on fewer cores."""
+    from nnssl_ext.core.executor import available_cores
+
+    if args.num_workers is not None:
+        return args.num_workers
+    return 0 if device == "cpu" else min(GPU_WORKERS, available_cores())
 
 
 def shared_gpus(args: argparse.Namespace, device: str) -> tuple[str, ...]:

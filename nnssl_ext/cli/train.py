@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nnssl_ext.cli.common import command
+from nnssl_ext.cli.machine import GPU_WORKERS, num_workers
 
 if TYPE_CHECKING:
     from nnssl_ext.engine.run import Probe, RunSettings, RunSpec
@@ -29,9 +30,7 @@ SIGTERM and SIGUSR1 write a checkpoint after the step in hand and end the comman
 command with --c goes on. Status 0: the run is finished. 2: something must be changed first; the message says what.
 """
 TAG_PATTERN = r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*"
-DEFAULT_GPU_WORKERS = 4
 KIBIBYTE = 2**10
-GIBIBYTE = 2**30
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,7 +96,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         "-num_workers",
         "--num_workers",
         type=int,
-        help=f"processes that read crops, per GPU (default: {DEFAULT_GPU_WORKERS}, on a CPU 0)",
+        help=f"processes that read crops, per GPU (default: {GPU_WORKERS}, on a CPU 0)",
     )
     add(
         "--precision",
@@ -302,19 +301,17 @@ def _device(args: argparse.Namespace) -> str:
 
 
 def _settings(args: argparse.Namespace) -> RunSettings:
-    from nnssl_ext.core.executor import available_cores
     from nnssl_ext.core.records import from_dict
     from nnssl_ext.engine.run import RunSettings
 
     device = _device(args)
-    workers = 0 if device == "cpu" else min(DEFAULT_GPU_WORKERS, available_cores())
     values = {
         "device": device,
         "precision": args.precision,
         "compile": args.compile,
         "channels_last": args.channels_last,
         "deterministic": args.deterministic,
-        "num_workers": workers if args.num_workers is None else args.num_workers,
+        "num_workers": num_workers(args, device),
         "seed": args.seed,
         "save_every": args.save_every,
         "probe_every": args.probe_every,
@@ -325,6 +322,8 @@ def _settings(args: argparse.Namespace) -> RunSettings:
 
 def free_memory(device: str) -> float | None:
     """Memory in GiB that a device has free; None where the system does not tell."""
+    from nnssl_ext.planners.rules import GIBIBYTE
+
     if device.startswith("cuda"):
         import torch
 

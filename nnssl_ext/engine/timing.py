@@ -6,7 +6,8 @@ import time
 
 import torch
 
-GIBIBYTE = 2**30
+from nnssl_ext.planners.rules import GIBIBYTE
+
 _SHORTEST = 1e-9
 
 
