@@ -194,10 +194,11 @@ def _faults(raw: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(raw["batch_size"], int) or raw["batch_size"] < 1:
         yield f"batch_size must be a whole number, 1 or more, not {raw['batch_size']!r}"
     network = raw["architecture"]["arch_kwargs"]
+    stages = network.get("n_stages")
     for key in ("features_per_stage", "strides", "kernel_sizes", "n_blocks_per_stage", "n_conv_per_stage"):
         value = network.get(key)
-        if isinstance(value, list) and len(value) != network["n_stages"]:
-            yield f"{key} of the network has {len(value)} entries, for {network['n_stages']} stages (n_stages)"
+        if stages is not None and isinstance(value, list) and len(value) != stages:
+            yield f"{key} of the network has {len(value)} entries, for {stages} stages (n_stages)"
     for stride in network.get("strides", ()):
         if isinstance(stride, list) and len(stride) != len(raw["patch_size"]):
             yield f"a stride of the network, {stride}, has not a number for each axis of patch_size {raw['patch_size']}"
