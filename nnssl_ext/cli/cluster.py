@@ -90,6 +90,8 @@ def _fit(args: argparse.Namespace, files: Sequence[Sequence[Path]], names: Seque
         raise ValueError(f"--per_case {args.per_case} must be 1 or more")
     if args.background_std < 0:
         raise ValueError(f"--background_std {args.background_std} must be 0 or more")
+    if args.o.is_dir():
+        raise ValueError(f"-o {args.o} is a folder; name the file that the clusters are written to")
     from nnssl_ext.core.logs import track
     from nnssl_ext.downstream.clustering import ModelMapper, drawn_voxels, fit_clusters, unfitted_clusters
     from nnssl_ext.engine.device import resolve_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,5 +152,5 @@ def _print_plan(plan: FinetuningPlan, preprocess_first: bool) -> None:
     if preprocess_first:
         print(f"  nnUNetv2_preprocess -d {int(dataset[7:10])} -plans_name {name} -c {configuration}")
     print(f"  nnUNetv2_train {dataset} {configuration} 0 -p {name} -tr SSLFinetuneTrainer")
-    weights = f" -pretrained_weights {plan.weights_path}" if plan.weights_path else ""
+    weights = f" -pretrained_weights {shlex.quote(str(plan.weights_path))}" if plan.weights_path else ""
     print(f"or with nnU-Net's own trainer:\n  nnUNetv2_train {dataset} {configuration} 0 -p {name}{weights}")
