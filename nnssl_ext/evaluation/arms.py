@@ -29,7 +29,8 @@ SEED_FIELD = "{seed}"
 """Stands for the seed in the name of an arm that has plans of its own for every seed."""
 _SAME_IN_ALL_ARMS = ("num_epochs", "iterations_per_epoch", "precision", "validation_mirroring")
 """Fine-tuning settings that must not differ between arms, since they are no part of a start's recipe."""
-_EXPECTED_TO_DIFFER = ("splits", "seed", "pretrained_weights", "pretraining_content_hashes")
+_OF_THE_WEIGHTS = ("pretrained_weights", "weights_hash", "transfer", "pretraining_content_hashes")
+_EXPECTED_TO_DIFFER = ("splits", "seed", *_OF_THE_WEIGHTS)
 _NO_INFLUENCE = ("val_iterations_per_epoch", "save_every", "validate_every")
 """Fine-tuning settings that change no weight."""
 ARCHITECTURE = "architecture"
@@ -273,6 +274,22 @@ def find_leaks(arms: Iterable[PlannedArm], hashes: Mapping[str, Sequence[str]]) 
         if found:
             leaks[arm.name] = found
     return leaks
+
+
+def check_weights(arms: Iterable[PlannedArm]) -> None:
+    """Refuses weights files that do not hold what the plans were made with.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+        ValueError: If one holds other weights.
+    """
+    from nnssl_ext.finetuning.weights import other_weights, weights_file_hash
+
+    for arm in all_starts(arms):
+        if arm.config is not None and arm.config.pretrained_weights and arm.config.weights_hash:
+            path = arm.plans_path.with_name(arm.config.pretrained_weights)
+            if weights_file_hash(path) != arm.config.weights_hash:
+                raise ValueError(other_weights(path))
 
 
 def refuse_seen(name: str, cases: Sequence[str], splits: Sequence[Split]) -> None:

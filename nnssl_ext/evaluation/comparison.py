@@ -66,7 +66,7 @@ def compare_methods(
     runs = pretraining_jobs(planned, costs, machine)
     run_all(jobs.pretrain_method, {job.key: job.task for job in runs if not job.task.checkpoint.is_file()}, executor)
     probes = probe_tasks(planned, runs)
-    run_all(jobs.probe_method, {k: task for k, task in probes.items() if not task.target.is_file()}, executor)
+    run_all(jobs.probe_method, {k: task for k, task in probes.items() if not task.done}, executor)
     arms = plan_arms(planned, runs, executor)
     evaluation, folder = evaluate(
         EvaluationSettings(

@@ -18,12 +18,14 @@ from statistics import median
 from typing import Any
 
 from nnssl_ext.core.paths import find_dataset, preprocessed_root, raw_root, run_folder
-from nnssl_ext.core.records import write_json
+from nnssl_ext.core.records import file_hash, read_json, write_json
 from nnssl_ext.evaluation.training import use_gpu
 
 WARM_UP_STEPS, MEASURED_STEPS = 2, 8
 """Steps of the run that measures a step: those that are not counted, and those that are."""
 SHAM_SUFFIX = "-sham"
+MADE_OF = "made_of"
+"""In the record of a probe: what it was made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,16 @@ class ProbeTask:
     target: Path
     """Receives the record."""
 
+    @property
+    def done(self) -> bool:
+        """Whether its record is there, and is of the checkpoint that is there now."""
+        return self.target.is_file() and read_json(self.target).get(MADE_OF) == self.made_of
+
+    @property
+    def made_of(self) -> str | None:
+        """Content hash of the checkpoint."""
+        return None if self.checkpoint is None else file_hash(self.checkpoint)
+
 
 def probe_method(task: ProbeTask) -> None:
     """Probes frozen features by labels and writes classes, cases and Dice (subsets, cases, classes)."""
@@ -185,6 +197,7 @@ def probe_method(task: ProbeTask) -> None:
     from nnssl_ext.evaluation.probes import probe_record
     from nnssl_ext.planners.plan import Plan
 
+    made_of = task.made_of
     with _worker("cpu", (), task.log_file):
         if task.checkpoint is None:
             plan = Plan.load(task.plans_path)
@@ -194,7 +207,7 @@ def probe_method(task: ProbeTask) -> None:
         manifest = Manifest.load(find_dataset(task.dataset, raw_root()))
         config = from_dict(ProbeConfig, task.config)
         record = probe_record(frozen, manifest, task.pool, task.test, patch_size=task.patch_size, config=config)
-    write_json(task.target, record)
+    write_json(task.target, {**record, MADE_OF: made_of})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,14 +233,19 @@ class FinetuningTask:
 
 
 def plan_arm(task: FinetuningTask) -> None:
-    """Writes the plans and adapted weights of an arm, as `nnssl_plan_finetuning` does; nothing where they are."""
+    """Writes the plans and adapted weights of an arm, as `nnssl_plan_finetuning` does.
+
+    Nothing where they are, unless the pretraining was done again since.
+    """
     from nnssl_ext.core.records import from_dict
     from nnssl_ext.dataset.splits import Split
     from nnssl_ext.engine.checkpoint import load_checkpoint
     from nnssl_ext.finetuning.nnunet_plans import parse_settings, plan_finetuning
 
     if task.plans_path.is_file():
-        return
+        made_of = read_json(task.plans_path)["pretrain_info"].get("checkpoint_hash")
+        if task.from_scratch or made_of == file_hash(task.checkpoint):
+            return
     transfer = task.transfer
     if transfer == "auto":
         trained = not task.from_scratch and load_checkpoint(task.checkpoint)["nnssl_pretraining"]["trains_decoder"]

@@ -16,12 +16,12 @@ from typing import Any
 
 from nnssl_ext.core.paths import run_name
 from nnssl_ext.core.random import seed_of
-from nnssl_ext.core.records import read_json, to_dict, write_json
+from nnssl_ext.core.records import read_json, write_json
 from nnssl_ext.dataset.splits import Split, nested_subsets
 from nnssl_ext.evaluation.arms import PlannedArm
 from nnssl_ext.evaluation.records import NumTrain
 from nnssl_ext.evaluation.scoring import is_finished
-from nnssl_ext.finetuning.config import PLANS_KEY, read_config
+from nnssl_ext.finetuning.config import PLANS_KEY, differing_settings
 
 SPLITS_FILE = "splits_final.json"
 PLANS_FILE = "plans.json"
@@ -191,8 +191,7 @@ def variant_name(arm: PlannedArm, size: NumTrain, seed: int) -> str:
 def check_same_settings(run: FoldRun, plans: dict[str, Any]) -> None:
     """Refuses results that were made with other settings than the plans have now.
 
-    nnU-Net keeps the plans that a run was started with beside its results. A setting that they do not name has its
-    default, so a newer version's additional settings are no difference.
+    nnU-Net keeps the plans that a run was started with beside its results. They name the pretrained weights by content.
 
     Raises:
         ValueError: If those differ from `plans`.
@@ -201,15 +200,9 @@ def check_same_settings(run: FoldRun, plans: dict[str, Any]) -> None:
     if not path.is_file():
         return
     used = read_json(path)
-    parts = {"configurations": (used.get("configurations", {}), plans["configurations"])}
-    if PLANS_KEY in used or PLANS_KEY in plans:
-        parts[PLANS_KEY] = (to_dict(read_config(used, str(path))), to_dict(read_config(plans, run.plans_name)))
-    differing = [
-        f"{part}.{name}"
-        for part, (first, second) in parts.items()
-        for name in sorted({*first, *second})
-        if first.get(name) != second.get(name)
-    ]
+    before, after = used.get("configurations", {}), plans["configurations"]
+    differing = [f"configurations.{name}" for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    differing += [f"{PLANS_KEY}.{name}" for name in differing_settings(used, plans)]
     if differing:
         raise ValueError(
             f"{run.folder.parent} was trained with other settings than {run.plans_name} has now (they differ in "

@@ -100,8 +100,9 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
     """Reads and checks everything that can be known before training, and plans the runs; trains nothing.
 
     Raises:
-        FileNotFoundError: If the dataset or an arm's plans are missing.
-        ValueError: If the arms cannot be compared fairly, a case was pretrained on, or sizes or folds do not exist.
+        FileNotFoundError: If the dataset, an arm's plans or its weights are missing.
+        ValueError: If the arms cannot be compared fairly, weights are not those of their plans, a case was pretrained
+            on, or sizes or folds do not exist.
     """
     preprocessed = find_dataset(settings.dataset, nnunet_root("preprocessed"))
     manifest = Manifest.load(find_dataset(settings.dataset, nnunet_root("raw")))
@@ -123,6 +124,7 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
         sizes = tuple(folds.sizes_from_fractions(settings.fractions, chosen_splits))
     folds.check_sizes(sizes, chosen_splits)
     arms.check_plain(planned, sizes)
+    arms.check_weights(planned)
     baselines = arms.baselines_of(planned, reference, settings.configuration)
     warnings = arms.check_fairness(planned, baselines, settings.configuration)
     cases = sorted({case for split in chosen_splits for case in (*split.train, *split.val)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nnssl_ext.core.records import from_dict
+from nnssl_ext.core.records import from_dict, to_dict
 from nnssl_ext.dataset.splits import Split
 from nnssl_ext.engine.optim import OptimConfig
 
@@ -25,6 +25,10 @@ class FinetuningConfig:
     """Seed of initialisation, crops and augmentation; together with the fold it decides the run."""
     pretrained_weights: str | None = None
     """Name of the weights file beside the plans file, or None: train from scratch."""
+    weights_hash: str | None = None
+    """Hash of the tensors in that file, by which other weights under its name are found out."""
+    transfer: Literal["encoder", "encoder_decoder"] | None = None
+    """What of the checkpoint they hold."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimiser: `sgd` (with Nesterov momentum) for CNNs, `adamw` for transformers."""
     lr: float = 1e-2
@@ -156,3 +160,16 @@ def read_config(plans: dict[str, Any], where: str = "") -> FinetuningConfig:
             "nnssl_plan_finetuning, or train with nnU-Net's own trainer: -tr nnUNetTrainer"
         )
     return from_dict(FinetuningConfig, plans[PLANS_KEY], where or str(plans.get("plans_name", PLANS_KEY)))
+
+
+def differing_settings(used: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the fine-tuning settings in which two plans differ.
+
+    A setting that plans do not name has its default, so a newer version's additional settings are no difference.
+
+    Args:
+        used: Plans that a run was started with.
+        now: Its plans now.
+    """
+    configs = [to_dict(read_config(plans)) if PLANS_KEY in plans else {} for plans in (used, now)]
+    return [name for name in sorted({*configs[0], *configs[1]}) if configs[0].get(name) != configs[1].get(name)]

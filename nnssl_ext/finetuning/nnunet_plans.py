@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nnssl_ext.core.paths import find_dataset
-from nnssl_ext.core.records import apply_overrides, from_dict, read_json, to_dict, write_json
+from nnssl_ext.core.records import apply_overrides, file_hash, from_dict, read_json, to_dict, write_json
 from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split, folds_by_subject
 from nnssl_ext.finetuning.config import PLANS_KEY, FinetuningConfig
@@ -112,7 +112,7 @@ def plan_finetuning(
     if not from_scratch:
         adapted = adapt_weights(pretrained, build_finetuning_network(plans, dataset_json), transfer, ignore_keys)
     folds = _checked_folds(splits or dataset_splits(folder), Manifest.load(nnunet_root("raw") / folder.name))
-    plans[PLANS_KEY] = to_dict(_config(plans_name, pretrained, folds, adapted, settings))
+    plans[PLANS_KEY] = to_dict(_config(plans_name, pretrained, folds, adapted, transfer, settings))
     plans["pretrain_info"] = _pretrain_info(pretrained, mode, None if from_scratch else transfer)
     return _write(folder, plans, adapted, pretrained, command)
 
@@ -151,6 +151,8 @@ def derive_plans(base: Path, name: str, splits: Sequence[Split], seed: int, **se
 FOLLOWS = {
     "splits": "--splits FILE, or the dataset",
     "pretrained_weights": "-pc CHECKPOINT",
+    "weights_hash": "-pc CHECKPOINT",
+    "transfer": "-transfer",
     "pretraining_content_hashes": "-pc CHECKPOINT",
 }
 """Settings of the plans file that nobody sets by hand, and what they follow from."""
@@ -208,7 +210,8 @@ def _plans_name(name: str) -> str:
 
 
 def _pretrained(checkpoint: Path | str, token_order: str | None, allow_sham: bool) -> Pretrained:
-    pretrained = read_pretrained(locate(checkpoint), token_order, name_on_hub(checkpoint))
+    path = locate(checkpoint)
+    pretrained = replace(read_pretrained(path, token_order, name_on_hub(checkpoint)), file_hash=file_hash(path))
     if pretrained.sham and not allow_sham:
         raise ValueError(
             f"{checkpoint} is of a sham run, a control whose targets were destroyed. Use the checkpoint of the real "
@@ -274,6 +277,7 @@ def _config(
     pretrained: Pretrained,
     splits: Sequence[Split],
     adapted: Adapted | None,
+    transfer: Transfer,
     settings: Mapping[str, Any],
 ) -> FinetuningConfig:
     transformer = is_transformer(pretrained.architecture)
@@ -281,6 +285,8 @@ def _config(
     if adapted is not None:
         own |= {
             "pretrained_weights": f"{plans_name}.pth",
+            "weights_hash": adapted.content_hash,
+            "transfer": transfer,
             "pretraining_content_hashes": list(pretrained.content_hashes),
             "lr": PRETRAINED_TRANSFORMER_LR if transformer else PRETRAINED_LR,
             "schedule": "warmup",
@@ -292,6 +298,7 @@ def _pretrain_info(pretrained: Pretrained, mode: Mode, transfer: Transfer | None
     """Upstream's block of the same name, without the checkpoint's path, and how the plans were made."""
     return {
         "checkpoint_name": pretrained.name,
+        "checkpoint_hash": pretrained.file_hash,
         "key_to_encoder": pretrained.encoder_key,
         "key_to_stem": pretrained.stem_key,
         "keys_to_in_proj": list(pretrained.in_proj_keys),

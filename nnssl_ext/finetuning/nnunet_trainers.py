@@ -88,7 +88,7 @@ class SSLFinetuneTrainer(nnUNetTrainer):
 
         Raises:
             FileNotFoundError: If the weights are not beside the plans.
-            ValueError: If they do not fit the network.
+            ValueError: If they do not fit the network, or are not those of the plans.
         """
         seed_everything(self.config.seed, str(self.fold), "network")
         super().initialize()
@@ -97,7 +97,7 @@ class SSLFinetuneTrainer(nnUNetTrainer):
             self.network.to(memory_format=layout)
         if self.config.pretrained_weights is not None:
             file = Path(self.preprocessed_dataset_folder_base) / self.config.pretrained_weights
-            load_weights(self.bare_network, file)
+            load_weights(self.bare_network, file, self.config.weights_hash)
             self.print_to_log_file(f"Pretrained weights: {file}")
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:

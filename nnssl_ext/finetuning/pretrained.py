@@ -35,6 +35,8 @@ class Pretrained:
 
     name: str
     """File name of the checkpoint."""
+    file_hash: str = ""
+    """Of that file's bytes."""
     weights: Mapping[str, torch.Tensor] = field(repr=False)
     """State dict in nnU-Net's key names, on the CPU."""
     architecture: dict[str, Any]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.core.paths import find_dataset, plans_in, run_name
 from nnssl_ext.core.records import read_json
-from nnssl_ext.finetuning.config import PLANS_KEY
+from nnssl_ext.finetuning.config import differing_settings
 from nnssl_ext.finetuning.environment import nnunet_root
 
 if TYPE_CHECKING:
@@ -142,12 +142,13 @@ def _continue(runner: nnUNetTrainer, result: FoldResult) -> None:
     """Loads the final or the latest checkpoint where there is one and its settings are those of the plans now."""
     for file in (result.checkpoint, result.folder / "checkpoint_latest.pth"):
         if file.is_file():
-            now = runner.plans_manager.plans.get(PLANS_KEY)
             runner.load_checkpoint(str(file))
-            if runner.my_init_kwargs["plans"].get(PLANS_KEY) != now:
+            names = differing_settings(runner.my_init_kwargs["plans"], runner.plans_manager.plans)
+            if names:
                 raise ValueError(
-                    f"{result.folder} was trained with other settings than {runner.plans_manager.plans_name} has now. "
-                    "Remove the folder, or give the new settings a name of their own"
+                    f"{result.folder} was trained with other settings than {runner.plans_manager.plans_name} has now "
+                    f"(they differ in {', '.join(names)}). Remove the folder, or give the new settings a name of their "
+                    "own: nnssl_plan_finetuning -n NAME"
                 )
             logger.info("going on from %s", file)
             return

@@ -7,10 +7,11 @@ the encoder again. Here such names form one group, which is filled once. Where a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -59,6 +60,38 @@ class Adapted:
     def fresh_keys(self) -> list[str]:
         """Every name of every tensor that was initialised anew."""
         return [name for row in self.rows if row.status == "fresh" for name in (row.key, *row.aliases)]
+
+    @property
+    def content_hash(self) -> str:
+        """Of what was pretrained, the same as `weights_file_hash` of the file."""
+        return _content_hash(self.weights, self.fresh_keys)
+
+
+def _content_hash(weights: Mapping[str, torch.Tensor], fresh: Iterable[str]) -> str:
+    """SHA-256 of names, types, shapes and values, as hex; not of a file's bytes, which hold its temporary name too."""
+    digest = hashlib.sha256()
+    for name in sorted(set(weights).difference(fresh)):
+        value = weights[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def weights_file_hash(path: Path) -> str:
+    """Hash of the pretrained tensors in a file of `save_weights`.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+    """
+    content = _read(path)
+    return _content_hash(content["network_weights"], content[FRESH_KEY])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no pretrained weights at {path}. Write them again: nnssl_plan_finetuning")
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
 def alias_groups(network: nn.Module) -> list[tuple[str, ...]]:
@@ -192,17 +225,22 @@ def save_weights(path: Path, adapted: Adapted, citations: Sequence[str]) -> None
         torch.save(content, temporary)
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(network: nn.Module, path: Path, expected: str | None = None) -> None:
     """Loads what was pretrained from a file of `save_weights`; what was fresh keeps the network's own initial values.
+
+    Args:
+        network: Receives it.
+        path: The file.
+        expected: Its content hash; None: whatever it holds.
 
     Raises:
         FileNotFoundError: If there is no file.
-        ValueError: If it does not fit the network.
+        ValueError: If it does not fit the network, or holds other weights than expected.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no pretrained weights at {path}. Write them again: nnssl_plan_finetuning")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = _read(path)
     fresh = set(content[FRESH_KEY])
+    if expected not in (None, _content_hash(content["network_weights"], fresh)):
+        raise ValueError(other_weights(path))
     state = network.state_dict()
     weights = {key: value for key, value in content["network_weights"].items() if key not in fresh}
     wrong = [key for key, value in weights.items() if key not in state or state[key].shape != value.shape]
@@ -213,3 +251,11 @@ def load_weights(network: nn.Module, path: Path) -> None:
             "Write it again: nnssl_plan_finetuning"
         )
     network.load_state_dict(state | weights)
+
+
+def other_weights(path: Path) -> str:
+    """What to say of a file that does not hold the weights of its plans."""
+    return (
+        f"{path} holds other weights than those that {path.stem} was planned with. Plan the arm again, under a name of "
+        "its own where it has results: nnssl_plan_finetuning -n NAME"
+    )

@@ -72,7 +72,8 @@ class World:
         key = task.target.stem
         level = 0.3 if key.startswith("random") else 0.45 if "sham" in key else 0.6
         dice = [[[level + 0.01 * index] for index in range(len(task.test))]]
-        write_json(task.target, {"classes": [1], "cases": list(task.test), "dice": dice})
+        record = {"classes": [1], "cases": list(task.test), "dice": dice, comparison_jobs.MADE_OF: task.made_of}
+        write_json(task.target, record)
 
     def plan_arm(self, task) -> None:
         weights = (
@@ -178,6 +179,18 @@ def test_a_second_start_does_nothing_and_finds_the_same(finished: SimpleNamespac
     assert finished.world.counts() == {"plan_arm": 5}  # which find their plans
     assert trained == []
     assert replace(second, created="") == replace(finished.made[0], created="")
+
+
+def test_a_pretraining_that_was_done_again_is_probed_again(world: World) -> None:
+    """Catches a probe that is taken for that of weights that came after it."""
+    world.prepare(settings())
+    world.counts()
+    checkpoint = next((world.root / "results" / UNLABELLED).glob("MAE*-s1__*/fold_all/checkpoint_final.pth"))
+    write_json(checkpoint, {"other": "weights"})
+    world.prepare(settings())
+    probed = [log for name, log in world.calls if name == "probe_method"]
+    assert len(probed) == 1
+    assert probed[0].startswith("probe-MAE-")
 
 
 def test_a_failing_run_stops_no_other_and_the_same_command_goes_on(world: World) -> None:

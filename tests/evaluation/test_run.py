@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from nnssl_ext.core.executor import InlineExecutor
 from nnssl_ext.core.records import read_json, write_json
@@ -14,6 +15,7 @@ from nnssl_ext.evaluation.preparation import EvaluationSettings, prepare
 from nnssl_ext.evaluation.records import MEAN_CLASS, load_evaluation
 from nnssl_ext.evaluation.run import evaluate
 from nnssl_ext.finetuning.config import PLANS_KEY
+from nnssl_ext.finetuning.weights import FRESH_KEY, weights_file_hash
 from nnssl_ext.imageio import read_segmentation, write_image, write_segmentation
 from tests.evaluation import fakes
 
@@ -210,6 +212,33 @@ def test_results_of_other_settings_are_refused(world: SimpleNamespace) -> None:
     with pytest.raises(
         ValueError, match=r"trained with other settings than ptPlans__mae\S* has now .they differ in \S+lr"
     ):
+        run()
+
+
+def write_weights(world: SimpleNamespace, value: float, *, plan: bool = True) -> None:
+    """One pretrained tensor and a fresh one; `plan` writes its hash into the plans too."""
+    path = world.mae.with_suffix(".pth")
+    weights = {"stem": torch.full((2,), value), "head": torch.rand(2)}
+    torch.save({"network_weights": weights, FRESH_KEY: ["head"]}, path)
+    if plan:
+        plans = read_json(world.mae)
+        plans[PLANS_KEY]["weights_hash"] = weights_file_hash(path)
+        write_json(world.mae, plans)
+
+
+def test_results_of_other_weights_are_not_counted_as_results_of_these(world: SimpleNamespace) -> None:
+    """Catches a start that is known by the name of its file alone."""
+    write_weights(world, 1.0)
+    run()
+    write_weights(world, 1.0)  # planned again: the same weights in another file
+    again = Recorder()
+    run(trainer=again)
+    assert again.keys == []
+    write_weights(world, 2.0, plan=False)
+    with pytest.raises(ValueError, match=r"ptPlans__mae.pth holds other weights than those that ptPlans__mae was plan"):
+        run()
+    write_weights(world, 2.0)
+    with pytest.raises(ValueError, match=r"than ptPlans__mae has now .they differ in nnssl_finetuning.weights_hash"):
         run()
 
 

@@ -6,12 +6,13 @@ import torch
 
 from nnssl_ext.cli import plan_finetuning as command
 from nnssl_ext.core.executor import make_executor
-from nnssl_ext.core.records import read_json, write_json
+from nnssl_ext.core.records import file_hash, read_json, write_json
 from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split
 from nnssl_ext.finetuning.config import PLANS_KEY, read_config
 from nnssl_ext.finetuning.nnunet_dataset import preprocess
 from nnssl_ext.finetuning.nnunet_plans import FinetuningPlan, derive_plans, parse_settings, plan_finetuning
+from nnssl_ext.finetuning.weights import weights_file_hash
 
 from .conftest import DATASET, NUM_CASES, SHAPE, checkpoint, write_fingerprint, write_raw
 
@@ -70,7 +71,10 @@ def test_the_baseline_differs_in_weights_and_recipe_only(labelled_dataset: Path,
     assert {key for key in ours if ours[key] != theirs[key]} == {"plans_name", PLANS_KEY, "pretrain_info"}
     settings, baseline = ours[PLANS_KEY], theirs[PLANS_KEY]
     changed = {key for key in settings if settings[key] != baseline[key]}
-    assert changed == {"pretrained_weights", "lr", "schedule"}
+    assert changed == {"pretrained_weights", "weights_hash", "transfer", "lr", "schedule"}
+    assert settings["weights_hash"] == weights_file_hash(pretrained.weights_path)
+    assert settings["transfer"] == "encoder"
+    assert ours["pretrain_info"]["checkpoint_hash"] == file_hash(checkpoint_file)
     assert (baseline["lr"], baseline["schedule"]) == (1e-2, "poly")
 
 
@@ -175,7 +179,7 @@ def test_settings_are_checked_by_name_and_value() -> None:
         parse_settings(["rate=1"])
 
 
-@pytest.mark.parametrize("name", ["splits", "pretrained_weights", "pretraining_content_hashes"])
+@pytest.mark.parametrize("name", ["splits", "weights_hash", "pretraining_content_hashes"])
 def test_what_follows_from_elsewhere_is_not_set_by_hand(name: str) -> None:
     """Planted fault: without its content hashes a checkpoint's own images passed as unseen."""
     with pytest.raises(ValueError, match=f"--set {name}=... is not possible: it follows from -"):

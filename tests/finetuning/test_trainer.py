@@ -182,7 +182,10 @@ def test_a_killed_validation_is_made_up_for_under_the_same_settings_only(base: P
     assert result.checkpoint.stat().st_mtime_ns == checkpoint_time
     result.summary.unlink()
     variant(base, name, num_epochs=1, lr=0.5)
-    with pytest.raises(ValueError, match="was trained with other settings than unvalidated has now"):
+    with pytest.raises(ValueError, match=r"trained with other settings than unvalidated has now .they differ in lr"):
+        train(name)
+    variant(base, name, num_epochs=1, weights_hash="0" * 64)
+    with pytest.raises(ValueError, match=r"base.pth holds other weights than those that ptPlans__base was planned"):
         train(name)
 
 
