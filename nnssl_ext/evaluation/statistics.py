@@ -207,9 +207,10 @@ def sign_test_floor(num_seeds: int) -> float:
 def undecidable_below(differences: Array, folds: Sequence[int], num_tests: int = 1) -> float | None:
     """Size of mean difference that the luck of the trainings alone could make; a smaller one cannot be decided.
 
-    It is the half width of Student's interval of the mean. With several seeds its spread is that of the seeds within a
-    fold, pooled over folds. With one seed all that is known is the spread over folds, which holds the luck of a
-    training and the difficulty of a fold's cases together, so it is rather too large.
+    It is the half width of Student's interval of the mean, in which a fold weighs as much as it has cases. With several
+    seeds its spread is that of the seeds within each fold, with Satterthwaite's degrees of freedom for these weights
+    (alike folds: pooled). With one seed all that is known is the spread over folds, which holds the luck of a training
+    and the difficulty of a fold's cases together, so it is rather too large.
 
     Args:
         differences: (seeds, cases), NaN where undefined.
@@ -223,14 +224,15 @@ def undecidable_below(differences: Array, folds: Sequence[int], num_tests: int =
 
     known = np.isfinite(differences).all(axis=0)
     fold_of = np.asarray(folds)[known]
-    present = np.unique(fold_of)
+    present, counts = np.unique(fold_of, return_counts=True)
     if len(present) == 0:
         return None
     units = np.stack([differences[:, known][:, fold_of == fold].mean(axis=1) for fold in present], axis=1)
     num_seeds, num_folds = units.shape
-    freedom = num_folds * (num_seeds - 1) if num_seeds > 1 else num_folds - 1
-    if freedom < 1:
+    if num_seeds * num_folds == 1:
         return None
-    centre = units.mean(axis=0, keepdims=True) if num_seeds > 1 else units.mean()
-    variance = float(((units - centre) ** 2).sum()) / freedom
-    return float(t.ppf(1 - (1 - CONFIDENCE) / (2 * num_tests), freedom)) * float(np.sqrt(variance / units.size))
+    squares = (counts / counts.sum()) ** 2
+    variances = units.var(axis=0, ddof=1) if num_seeds > 1 else units.var(ddof=1)
+    freedom = (num_seeds - 1) * squares.sum() ** 2 / (squares**2).sum() if num_seeds > 1 else num_folds - 1
+    error = np.sqrt((squares * variances).sum() / num_seeds)
+    return float(t.ppf(1 - (1 - CONFIDENCE) / (2 * num_tests), freedom) * error)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from nnssl_ext.evaluation import statistics
 
@@ -119,9 +120,18 @@ def test_undecidable_below_pools_the_seeds_within_folds() -> None:
     assert statistics.undecidable_below(differences, [0, 1]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_folds_weigh_as_much_as_they_have_cases_in_what_the_seeds_cannot_decide() -> None:
+    """Catches the large fold, on which the mean hangs, counting no more than a small one."""
+    differences = np.array([[0.10, 0.12, 0.10, 0.30], [0.14, 0.16, 0.14, 0.31]])  # seeds differ by .04 and by .01
+    error = np.sqrt((0.75**2 * 8e-4 + 0.25**2 * 5e-5) / 2)
+    freedom = (9 + 1) ** 2 / (81 + 1)
+    expected = t.ppf(0.975, freedom) * error
+    assert statistics.undecidable_below(differences, [0, 0, 0, 1]) == pytest.approx(expected)
+
+
 def test_undecidable_below_of_one_seed_is_the_spread_over_folds() -> None:
     differences = np.array([[0.01, 0.01, 0.03, 0.05]])
-    expected = 4.302653 * 0.02 / np.sqrt(3)  # fold means .01 .03 .05
+    expected = 4.302653 * 0.02 * np.sqrt(2**2 + 1 + 1) / 4  # fold means .01 .03 .05 of 2, 1 and 1 cases
     assert statistics.undecidable_below(differences, [0, 0, 1, 2]) == pytest.approx(expected, rel=1e-4)
     assert statistics.undecidable_below(differences, [0, 0, 0, 0]) is None
     assert statistics.undecidable_below(np.array([[np.nan]]), [0]) is None
