@@ -46,6 +46,8 @@ from nnssl_ext.loading.loader import PatchLoader
 logger = logging.getLogger(__name__)
 
 MAX_VALIDATION_WORKERS = 2
+PICTURE_EVERY = 10
+"""Epochs between two pictures of reconstructions; the first and the last epoch always get one."""
 MILLION = 1e6
 
 
@@ -282,9 +284,7 @@ class _Run:
         if tracker is not None:
             timing = {"epoch": epoch, **self.speed, **self._times(loader)}
             tracker.epoch({**metrics, **({} if verdict else self._probed(last))}, timing)
-            if validation.images is not None and (
-                epoch == 0 or last or progress.epoch % self.settings.picture_every == 0
-            ):
+            if validation.images is not None and (epoch == 0 or last or progress.epoch % PICTURE_EVERY == 0):
                 tracker.reconstruction(epoch, validation.images, self.spec.configuration.spacing)
         if last:
             self.guard.end(progress.step)

@@ -69,15 +69,13 @@ class RunSettings:
     """Processes that read crops, on each rank; 0 reads in the training process."""
     save_every: int = 10
     """Epochs between two checkpoints, 1 or more."""
-    picture_every: int = 10
-    """Epochs between two pictures of reconstructions, 1 or more; the first and the last epoch always get one."""
     probe_every: int = 0
     """Epochs between two probes of the features by labels, 0 or more; 0: never. The last epoch is then probed too."""
     tensorboard: bool = True
     """Whether to write TensorBoard events."""
 
     def __post_init__(self) -> None:
-        at_least(self, save_every=1, picture_every=1, num_workers=0, seed=0, probe_every=0)
+        at_least(self, save_every=1, num_workers=0, seed=0, probe_every=0)
 
 
 @dataclass(frozen=True, kw_only=True)
