@@ -229,8 +229,8 @@ class PretrainTrainer:
     A subclass names its task and cost and assigns the settings that differ, without repeating their types:
 
         @TRAINERS.register
-        class MAETrainer(PretrainTrainer):
-            task = MAE
+        class OurTrainer(PretrainTrainer):
+            task = OurTask
             cost = StepCost(views=1, copies=1, decoder=True)
             optim = OptimConfig(name="sgd", lr=1e-2)
     """
