@@ -37,7 +37,7 @@ class MethodResult:
     seconds_per_step: float | None
     """Measured once, before the first run."""
     gate: str
-    """Whether the pretext metrics beat their chance on held-out cases."""
+    """Whether the pretext metrics beat their chance on held-out cases: the words of `learning.gate`."""
     pretext: str
     """Those metrics beside their chance, as text."""
     probe: dict[int, float]

@@ -164,13 +164,13 @@ class _Table:
 
 
 def _not_learned(methods: Sequence[MethodResult]) -> list[str]:
-    """A warning that names the methods whose gate failed, where there are any."""
-    failed = [row.label for row in methods if row.gate == learning.FAILED and not row.sham]
+    """A warning that names the methods that are not shown to beat chance, where there are any."""
+    failed = [row.label for row in methods if row.gate in (learning.FAILED, learning.NOT_SHOWN) and not row.sham]
     if not failed:
         return []
     return [
-        f"No better than chance at their own task on held-out cases: {listed(failed)}. What such "
-        "weights add is not what the method is meant to teach."
+        f"Not shown to beat chance at their own task on held-out cases: {listed(failed)}. What such "
+        "weights add may not be what the method is meant to teach."
     ]
 
 

@@ -156,7 +156,7 @@ def test_from_settings_to_records(finished: SimpleNamespace) -> None:
     assert mae.verdict == "beats sham"
     assert found.method("Spark").verdict == "did not learn its task"
     (warning,) = (text for text in found.warnings if "chance" in text)
-    assert warning.startswith("No better than chance at their own task on held-out cases: Spark. ")
+    assert warning.startswith("Not shown to beat chance at their own task on held-out cases: Spark. ")
     assert (found.method("MAE sham").arm, found.method("MAE sham").verdict) == (None, "-")
     assert found.method("scratch").probe == pytest.approx({0: 0.31, 1: 0.31})
     assert {arm.label for arm in found.rankings[0].arms} == {"scratch", "MAE", "Spark"}

@@ -7,7 +7,16 @@ import pytest
 
 from nnssl_ext.engine.task import TRAINERS
 from nnssl_ext.evaluation.comparison_settings import read_settings
-from nnssl_ext.evaluation.learning import FAILED, Difference, case_dice, compare, gate, pretext_metrics, verdict
+from nnssl_ext.evaluation.learning import (
+    FAILED,
+    NOT_SHOWN,
+    Difference,
+    case_dice,
+    compare,
+    gate,
+    pretext_metrics,
+    verdict,
+)
 
 NAN = float("nan")
 PROTOCOLS = Path(__file__).parents[2] / "benchmarks" / "learning"
@@ -77,6 +86,7 @@ def test_a_difference_that_cannot_be_decided_bears_a_question_mark(difference, d
 def test_nothing_is_decided_without_sham_or_from_one_seed(difference, words):
     assert verdict(difference, "passed") == words
     assert verdict(difference, FAILED) == "did not learn its task"
+    assert verdict(difference, NOT_SHOWN) == "learning its task not shown"
 
 
 def test_every_case_counts_once_however_many_seeds_have_a_score_of_it():
@@ -96,18 +106,28 @@ def test_only_seeds_that_both_arms_have_are_paired():
     ("pretext", "words"),
     [
         ([{"mse": [0.5, 0.9]}, {"mse": [0.6, 0.9]}], "passed"),
-        ([{"mse": [0.5, 0.9]}, {"mse": [0.91, 0.9]}], "failed"),
-        ([{"accuracy": [0.5, 0.1]}], "passed"),
+        ([{"mse": [0.5, 0.9]}, {"mse": [0.91, 0.9]}], "not shown"),
+        ([{"mse": [0.91, 0.9]}, {"mse": [0.9, 0.9]}], "failed"),
+        ([{"accuracy": [1.0, 0.1]}] * 2, "passed"),
+        ([{"accuracy": [0.5, 0.1]}], "above chance (one seed)"),
         ([{"accuracy": [0.05, 0.1]}], "failed"),
-        ([{"mse": [0.5, 0.9], "accuracy": [0.05, 0.1]}], "in part"),
-        ([{"l1": [0.5, 0.9], "l1 beside the untouched input": [0.5, 0.4]}], "in part"),
+        ([{"mse": [0.5, 0.9], "accuracy": [0.05, 0.1]}], "in part (one seed)"),
+        ([{"l1": [0.5, 0.9], "l1 beside the untouched input": [0.5, 0.4]}], "in part (one seed)"),
         ([{"l1": [0.95, 0.9], "l1 beside the untouched input": [0.95, 1.2]}], "failed"),
         ([{}], "no chance known"),
     ],
 )
-def test_the_gate_wants_every_seed_better_than_chance_in_its_metric_s_direction(pretext, words):
+def test_the_gate_wants_more_than_luck_over_chance_in_its_metric_s_direction(pretext, words):
     """Catches a method that passes because another reference than chance is beaten."""
     assert gate(pretext)[0] == words
+
+
+def test_the_gate_s_margin_is_student_s_over_seeds_and_counts_the_metrics():
+    """Catches a gate that seeds pass which lie above chance by luck."""
+    seeds = [{"mse": [0.8 - 0.1 * seed, 0.9]} for seed in range(3)]  # mean excess .2, standard error .0577, t 2.92
+    assert gate(seeds)[0] == "passed"
+    assert gate([{**seed, "accuracy": [1.0, 0.1]} for seed in seeds])[0] == "in part"  # .0577 times t at .025: .248
+    assert gate([{"mse": [0.85 - 0.1 * seed, 0.9]} for seed in range(3)])[0] == "not shown"
 
 
 def test_dice_of_a_case_is_the_mean_of_what_is_defined():
@@ -126,13 +146,16 @@ def test_pretext_metrics_are_those_of_held_out_cases_with_something_to_beat():
 def test_a_method_that_does_not_look_at_its_second_view_passes_in_part():
     """Catches a gate that takes beating the mean for looking where the method should look."""
     words, text = gate([{"mse": [0.94, 1.0], "mse by the second view": [0.941, 0.94]}])
-    assert words == "in part"
+    assert words == "in part (one seed)"
     assert text == "mse 0.940 (chance 1.000); mse by the second view 0.941 (chance 0.940)"
 
 
 def test_the_sham_s_own_metric_stands_beside_but_decides_nothing():
     sham = [{"mse": [0.7, 0.9]}, {"mse": [0.8, 0.9]}]
-    assert gate([{"mse": [0.85, 0.9]}], sham) == ("passed", "mse 0.850 (chance 0.900, sham 0.750)")
+    assert gate([{"mse": [0.85, 0.9]}], sham) == (
+        "above chance (one seed)",
+        "mse 0.850 (chance 0.900, sham 0.750)",
+    )
 
 
 @pytest.mark.parametrize(("file", "backbone"), [("unet.json", "cnn"), ("primus.json", "vit")])
