@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nnssl_ext.core.random import SampleRandom
 
@@ -48,11 +50,10 @@ def block_mask(
         raise ValueError(f"ratio={ratio} must lie in [0, 1].")
     device = device if device is not None or valid is None else valid.device
     grid = [-(-size // edge) for size, edge in zip(shape, block, strict=True)]
-    order = torch.from_numpy(random.permutation("blocks", _product(grid))).to(device)
-    counts = _block_voxels(shape, block, valid, device).expand(len(order), -1).gather(1, order)
-    hidden_before = torch.nn.functional.pad(
-        counts.cumsum(1), (1, 0)
-    ).double()  # voxels hidden by the first 0, 1, ... n blocks
+    order = torch.from_numpy(random.permutation("blocks", prod(grid))).to(device)
+    real = torch.ones(1, 1, *shape, device=device) if valid is None else valid
+    counts = block_sums(real, block).flatten(1).long().expand(len(order), -1).gather(1, order)
+    hidden_before = functional.pad(counts.cumsum(1), (1, 0)).double()  # voxels hidden by the first 0, 1, ... n blocks
     total = hidden_before[:, -1:]
     wanted = ratio * total
     trivial = ((hidden_before == 0) | (hidden_before == total)) & (wanted > 0) & (wanted < total)
@@ -73,8 +74,8 @@ def check_blocks(block_size: Sequence[int], shape: Sequence[int], ratio: tuple[f
     Raises:
         ValueError: Where a block holds a larger share than the range is wide and than half its lower end.
     """
-    block, (low, high) = _product(block_size), ratio
-    share = block / _product(shape)
+    block, (low, high) = prod(block_size), ratio
+    share = block / prod(shape)
     if block > 1 and share > max(high - low, low / 2):
         raise ValueError(
             f"mask_block gives blocks of {tuple(block_size)} tokens, {share:.0%} of {tuple(shape)}: whole ones do not "
@@ -98,25 +99,17 @@ def upsample_blocks(grid: Tensor, block_size: Sequence[int], shape: Sequence[int
     return grid
 
 
+def block_sums(values: Tensor, block_size: Sequence[int]) -> Tensor:
+    """Sums of values (B, C, *shape) over each block: (B, C, *blocks), in fp32; blocks at the far border are clipped."""
+    missing = [-size % edge for size, edge in zip(values.shape[2:], block_size, strict=True)]
+    sums = functional.pad(values.float(), [pad for edge in reversed(missing) for pad in (0, edge)])
+    for axis, edge in enumerate(block_size, start=2):
+        sums = sums.unflatten(axis, (-1, edge)).sum(axis + 1)
+    return sums
+
+
 def _edges(block_size: int | Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
     block = (block_size,) * len(shape) if isinstance(block_size, int) else tuple(block_size)
     if len(block) != len(shape) or min(block) < 1:
         raise ValueError(f"block_size={block_size} must be 1 or more, for each of the {len(shape)} axes of {shape}.")
     return block
-
-
-def _product(values: Sequence[int]) -> int:
-    return int(torch.Size(values).numel())
-
-
-def _block_voxels(
-    shape: Sequence[int], block: Sequence[int], valid: Tensor | None, device: torch.device | str | None
-) -> Tensor:
-    """Voxels that count in each block: (1 or B, blocks), int64."""
-    voxels = torch.ones(1, 1, *shape, device=device) if valid is None else valid.float()
-    for axis, (edge, size) in enumerate(zip(block, shape, strict=True), start=2):
-        index = torch.arange(size, device=voxels.device) // edge
-        sums = list(voxels.shape)
-        sums[axis] = -(-size // edge)
-        voxels = voxels.new_zeros(sums).index_add(axis, index, voxels)
-    return voxels.flatten(1).long()

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nnssl_ext.core.checks import at_least
-from nnssl_ext.views.masks import upsample_blocks
+from nnssl_ext.views.masks import block_sums, upsample_blocks
 
 EPSILON = 1e-6
 """Added to a block's variance before it divides, He et al.'s."""
@@ -59,22 +58,13 @@ def restoration_target(image: Tensor, valid: Tensor, block: Sequence[int], confi
     if not config.normalize and not config.background_std:
         return {"target": image, "asked": valid}
     shape = image.shape[2:]
-    count = _block_sums(valid, block).clamp(min=1)
-    mean = _block_sums(torch.where(valid, image, 0), block) / count
+    count = block_sums(valid, block).clamp(min=1)
+    mean = block_sums(torch.where(valid, image, 0), block) / count
     centred = torch.where(valid, image - upsample_blocks(mean, block, shape), 0)
-    variance = _block_sums(centred.square(), block) / count
+    variance = block_sums(centred.square(), block) / count
     something = variance.amax(1, keepdim=True) >= config.background_std**2
     scale = upsample_blocks((variance + EPSILON).rsqrt(), block, shape)
     return {
         "target": centred * scale if config.normalize else image,
         "asked": valid & upsample_blocks(something, block, shape),
     }
-
-
-def _block_sums(values: Tensor, block: Sequence[int]) -> Tensor:
-    """Sums over each block (B, C, *blocks), in fp32."""
-    missing = [-size % edge for size, edge in zip(values.shape[2:], block, strict=True)]
-    sums = functional.pad(values.float(), [pad for edge in reversed(missing) for pad in (0, edge)])
-    for axis, edge in enumerate(block, start=2):
-        sums = sums.unflatten(axis, (-1, edge)).sum(axis + 1)
-    return sums
