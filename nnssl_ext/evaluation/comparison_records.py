@@ -98,6 +98,8 @@ class Ranking:
     """Blocks are seeds, averaged over cases: speaks about the methods."""
     sentences: tuple[str, ...]
     """What can be said."""
+    reservation: str = ""
+    """Who had not finished learning, as the end of a sentence; empty: nobody."""
 
     def pair(self, first: str, second: str) -> Pair | None:
         """Two arms by label, in either order."""

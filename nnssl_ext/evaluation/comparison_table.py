@@ -33,7 +33,10 @@ def conclude(
     settings = planned.settings
     methods = tuple(_Table(planned, runs, probes, costs, evaluation).rows())
     rankings = comparison_verdict.rank_arms(
-        evaluation.cases, {arm.name: arm.label for arm in evaluation.arms}, planned.num_train
+        evaluation.cases,
+        {arm.name: arm.label for arm in evaluation.arms},
+        planned.num_train,
+        comparison_verdict.reservations_about(evaluation),
     )
     return MethodComparison(
         name=planned.folder.name,

@@ -12,9 +12,10 @@ from nnssl_ext.evaluation import comparison_statistics as ranks
 from nnssl_ext.evaluation import statistics
 from nnssl_ext.evaluation.analysis import BOOTSTRAP_SEED, ScoreTable, tabulate
 from nnssl_ext.evaluation.comparison_records import Pair, RankedArm, Ranking
-from nnssl_ext.evaluation.records import MEAN_CLASS, CaseScores, Comparison, NumTrain
+from nnssl_ext.evaluation.convergence import NEAR_ZERO_DICE
+from nnssl_ext.evaluation.records import MEAN_CLASS, CaseScores, Comparison, Evaluation, NumTrain
 from nnssl_ext.evaluation.statistics import Array
-from nnssl_ext.evaluation.verdict import HEADLINE_METRIC, SIGNIFICANCE, listed, size_text
+from nnssl_ext.evaluation.verdict import HEADLINE_METRIC, SIGNIFICANCE, listed, size_text, still_rising
 
 CONDITIONS = (
     "Intervals and probabilities of ranks resample seeds (each a pretraining and its fine-tunings) and patients, the "
@@ -27,8 +28,14 @@ CONDITIONS = (
 )
 
 
+_MOST_NAMES = 3
+
+
 def rank_arms(
-    scores: Sequence[CaseScores], labels: Mapping[str, str], sizes: Sequence[NumTrain]
+    scores: Sequence[CaseScores],
+    labels: Mapping[str, str],
+    sizes: Sequence[NumTrain],
+    reservations: Mapping[NumTrain, str] | None = None,
 ) -> tuple[Ranking, ...]:
     """Ranks all arms at every training set size.
 
@@ -36,6 +43,7 @@ def rank_arms(
         scores: Of `evaluation.json`; every arm has the same seeds and cases.
         labels: Arm to label.
         sizes: Training set sizes.
+        reservations: As from `reservations_about`.
 
     Raises:
         ValueError: If there are fewer than two patients, or none of them has a class.
@@ -49,8 +57,26 @@ def rank_arms(
         pairs = tuple(
             replace(pair, row=row, decided=is_decided(row)) for pair, row in zip(ranking.pairs, rows, strict=True)
         )
-        corrected.append(replace(ranking, pairs=pairs, sentences=sentences(replace(ranking, pairs=pairs))))
+        known = replace(ranking, pairs=pairs, reservation=(reservations or {}).get(ranking.num_train, ""))
+        corrected.append(replace(known, sentences=sentences(known)))
     return tuple(corrected)
+
+
+def reservations_about(evaluation: Evaluation) -> dict[NumTrain, str]:
+    """What takes from a ranking, by training set size: who had not finished learning, or from scratch did not begin."""
+    rising = still_rising(evaluation.convergence)
+    found: dict[NumTrain, str] = {}
+    for size in evaluation.num_train:
+        late = [arm.label for arm in evaluation.arms if (arm.name, size) in rising]
+        rows = {a.label: evaluation.summary(a.name, size, HEADLINE_METRIC) for a in evaluation.arms if not a.pretrained}
+        nothing = [label for label, row in rows.items() if row and row.mean is not None and row.mean < NEAR_ZERO_DICE]
+        parts = [f"{listed(nothing)} learned next to nothing"] if nothing else []
+        if late:
+            who = listed(late) if len(late) <= _MOST_NAMES else f"{len(late)} of {len(evaluation.arms)} arms"
+            parts.append(f"{who} had not finished learning")
+        if parts:
+            found[size] = f", but {listed(parts)}"
+    return found
 
 
 def _rank(size: NumTrain, tables: Mapping[str, ScoreTable]) -> Ranking:
@@ -147,7 +173,7 @@ def sentences(ranking: Ranking) -> tuple[str, ...]:
         f"in {share_text(top.probabilities[0])} of the resamples of {what}"
     )
     if not open_:
-        return (f"{first}; it is better than all others.",)
+        return (f"{first}; it is better than all others{ranking.reservation}.",)
     tail = (
         f"; it is better than {listed(beaten)}, and cannot be told from {listed(open_)}"
         if beaten
@@ -155,7 +181,7 @@ def sentences(ranking: Ranking) -> tuple[str, ...]:
     )
     decided = [p for p in ranking.pairs if p.decided and p.first != top.label]
     rest = [f"{p.first} is better than {p.second} ({p.row.difference:+.3f})." for p in decided]
-    return (f"{first}{tail}.", *rest)
+    return (f"{first}{tail}{ranking.reservation}.", *rest)
 
 
 def _decided(ranking: Ranking, first: str, second: str) -> bool:
@@ -174,12 +200,14 @@ def headline(rankings: Sequence[Ranking]) -> str:
 
 def _finding(ranking: Ranking) -> str:
     top, others = ranking.arms[0].label, [arm.label for arm in ranking.arms[1:]]
-    candidates = [top, *(label for label in others if not _decided(ranking, top, label))]
+    equals = [label for label in others if not _decided(ranking, top, label)]
+    beaten = {pair.second for pair in ranking.pairs if pair.decided and pair.first in equals}
+    candidates = [top, *(label for label in equals if label not in beaten)]
     if len(candidates) == 1:
-        return f"{top} is best"
+        return f"{top} is best{ranking.reservation}"
     if not any(pair.decided for pair in ranking.pairs):
-        return "no method can be told from another"
-    return f"the best is {listed(candidates, 'or')}, which cannot be told apart"
+        return f"no method can be told from another{ranking.reservation}"
+    return f"the best is {listed(candidates, 'or')}, which cannot be told apart{ranking.reservation}"
 
 
 def certainty(rankings: Sequence[Ranking], num_seeds: int) -> str:

@@ -1,10 +1,13 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nnssl_ext.evaluation import comparison_verdict, statistics
 from tests.evaluation import comparison_fakes as fakes
+
+LEARNED = {"scratch": 0.03, "MAE": 0.9, "Spark": 0.7}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,36 @@ def test_a_best_arm_is_named() -> None:
     clear = fakes.make_comparison({"scratch": 0.5, "MAE": 0.9, "Spark": 0.7}, sizes=(5,))
     assert clear.headline == "With 5 training cases MAE is best."
     assert clear.rankings[0].sentences[0].endswith("it is better than all others.")
+
+
+def test_who_had_not_finished_learning_is_said_with_the_best_arm() -> None:
+    """Catches a best arm that is named beside a baseline which learned nothing."""
+    arms = [SimpleNamespace(name=f"ptPlans__{label}", label=label, pretrained=label != "scratch") for label in LEARNED]
+    rising = SimpleNamespace(arm="ptPlans__Spark", num_train=5, trend=SimpleNamespace(state="rising"))
+    evaluation = SimpleNamespace(
+        arms=arms,
+        num_train=(5, 20),
+        convergence=[rising],
+        summary=lambda name, size, metric: SimpleNamespace(mean=0.03 if size == 5 else 0.6),
+    )
+    told = comparison_verdict.reservations_about(evaluation)
+    assert told == {5: ", but scratch learned next to nothing and Spark had not finished learning"}
+    labels = {f"ptPlans__{label}": label for label in LEARNED}
+    rankings = comparison_verdict.rank_arms(fakes.case_scores(LEARNED), labels, (5, 20), told)
+    assert comparison_verdict.headline(rankings) == (
+        f"With 5 training cases MAE is best{told[5]}; with 20 training cases MAE is best."
+    )
+    assert rankings[0].sentences[0].endswith(f"it is better than all others{told[5]}.")
+
+
+def test_the_best_is_nobody_whom_another_candidate_beats(comparison) -> None:
+    """Catches "which cannot be told apart" of two arms of which one is better."""
+    ranking = comparison.rankings[0]
+    order = [arm.label for arm in ranking.arms]
+    decided = {(order[1], order[2]), (order[0], order[4])}
+    pairs = tuple(replace(pair, decided=(pair.first, pair.second) in decided) for pair in ranking.pairs)
+    expected = f"With 5 training cases the best is {order[0]}, {order[1]} or {order[3]}, which cannot be told apart."
+    assert comparison_verdict.headline([replace(ranking, pairs=pairs)]) == expected
 
 
 def test_what_no_case_holds_is_not_ranked() -> None:
