@@ -31,7 +31,7 @@ from nnssl_ext.losses.mae import guess_error, masked_mse
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
-from nnssl_ext.views.intensity import IntensityConfig, intensity_view
+from nnssl_ext.views.intensity import IntensityConfig, recoloured
 from nnssl_ext.views.overlap import shown_by
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig
@@ -136,13 +136,7 @@ class CroCo(PretextTask):
         first, second = self._pair(batch, random, train)
         if train:
             intensity = self.config.intensity.suited_to(self.configuration.normalization_schemes)
-            first, second = (
-                replace(
-                    view,
-                    data=intensity_view(view.data, view.valid, random.child(name), intensity, inplace=True),
-                )
-                for name, view in (("first", first), ("second", second))
-            )
+            first, second = recoloured(first, second, random, intensity)
         token_size, mask = self.encoder.token_size, random.child("mask")
         return {
             "first": first.data,

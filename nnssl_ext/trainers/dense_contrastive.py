@@ -14,7 +14,7 @@ and decoder of a U-Net go to fine-tuning, of a transformer the encoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -41,11 +41,11 @@ from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
-from nnssl_ext.views.intensity import IntensityConfig, intensity_view
+from nnssl_ext.views.intensity import IntensityConfig, recoloured
 from nnssl_ext.views.mirror import reflected, seen_at, shown_at
 from nnssl_ext.views.occupancy import textured
 from nnssl_ext.views.overlap import place_in
-from nnssl_ext.views.places import read_at, shared_places
+from nnssl_ext.views.places import across, picked, read_at, shared_places
 from nnssl_ext.views.sham import of_another_case
 from nnssl_ext.views.spatial import SpatialConfig
 from nnssl_ext.views.tokens import whole_places
@@ -155,24 +155,19 @@ class DenseContrastive(PretextTask):
         there = place_in(second.transform, first.transform)
         asked = textured(first.data, first.valid, config.background_std)
         chosen, counted = shared_places(asked, there, size, random.child("places"), self.positions)
-        index = chosen[:, None].expand(-1, len(size), -1)
-        edges = torch.tensor(size, device=there.device)
-        where = first.transform.coordinates().flatten(2).gather(2, index).transpose(1, 2) * batch.spacing[:, None]
+        where = picked(first.transform.coordinates(), chosen) * batch.spacing[:, None]
         steps = torch.stack([place.matrix for place in pair]) * batch.spacing[:, :, None]  # a column a step, in mm
         mirrored = self._mirrored(batch, where, first, second) if config.mirror else {}
         if train:
             intensity = config.intensity.suited_to(self.configuration.normalization_schemes)
-            first, second = (
-                replace(view, data=intensity_view(view.data, view.valid, random.child(name), intensity, inplace=True))
-                for name, view in (("first", first), ("second", second))
-            )
+            first, second = recoloured(first, second, random, intensity)
         views = {
             "first": first.data,
             "second": second.data,
             "first_valid": first.valid,
             "second_valid": second.valid,
             "places": chosen,
-            "there": there.flatten(2).gather(2, index).transpose(1, 2) * 2 / edges,
+            "there": across(picked(there, chosen), size),
             "where": where,
             "reach": NEAR_STRIDES * (steps.norm(dim=2) * torch.tensor(self.stride, device=there.device)).amax((0, 2)),
             "counted": counted,
@@ -206,10 +201,8 @@ class DenseContrastive(PretextTask):
         images, valid = (torch.cat([views[f"first{name}"], views[f"second{name}"]]) for name in ("", "_valid"))
         output, _ = run_dense(self.encoder, self.decoder, images, valid, views.get("kept"))
         maps, others = output.float().chunk(2)
-        index = views["places"][:, None].expand(-1, maps.shape[1], -1)
-        first = maps.flatten(2).gather(2, index).transpose(1, 2)
         others = others[views["partner"]]
-        second = read_at(others, views["there"])
+        first, second = picked(maps, views["places"]), read_at(others, views["there"])
         near = torch.cdist(views["where"], views["where"]) < views["reach"][:, None, None]
         if self.config.mirror:
             near = near | (torch.cdist(views["where"], views["mirrored"]) < views["reach"][:, None, None])

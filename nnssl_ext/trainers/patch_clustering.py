@@ -47,15 +47,15 @@ from nnssl_ext.models.targets import Targets
 from nnssl_ext.planners.plan import Configuration
 from nnssl_ext.planners.rules import StepCost
 from nnssl_ext.views.crops import UNMOVED, place_pair
-from nnssl_ext.views.intensity import IntensityConfig, intensity_view
+from nnssl_ext.views.intensity import IntensityConfig, recoloured
 from nnssl_ext.views.masks import upsample_blocks
 from nnssl_ext.views.occupancy import occupied_cells
 from nnssl_ext.views.overlap import place_in
 from nnssl_ext.views.overlapping import with_overlap
-from nnssl_ext.views.places import read_at, shared_places
+from nnssl_ext.views.places import across, picked, read_at, shared_places, unmoved
 from nnssl_ext.views.sham import of_another_case
 from nnssl_ext.views.spatial import SpatialConfig
-from nnssl_ext.views.transform import SpatialTransform, apply_transform
+from nnssl_ext.views.transform import apply_transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,24 +166,23 @@ class PatchClustering(PretextTask):
         occupied = occupied_cells(first.data, first.valid, self.cell, config.background_std, config.least_occupancy)
         asked = first.valid & upsample_blocks(occupied, self.cell, size)
         chosen, counted = shared_places(asked, where, size, random.child("places"), self.places)
-        there = across(where, size)
         views = {
-            "here": picked(across(unmoved(pair[0]), size).expand_as(there), chosen),
-            "there": picked(there, chosen),
+            "here": across(picked(unmoved(pair[0]).expand_as(where), chosen), size),
+            "there": across(picked(where, chosen), size),
             "counted": counted,
             "partner": torch.arange(len(chosen), device=chosen.device),
             "case": case_keys(batch.cases, chosen.device),
         }
-        if not train:
+        if train:
+            intensity = config.intensity.suited_to(self.configuration.normalization_schemes)
+            first, second = recoloured(first, second, random, intensity)
+        else:
+            there = across(where.movedim(1, -1), size).movedim(-1, 1)
             cells = functional.interpolate(there, size=list(occupied.shape[2:]), mode="area").flatten(2)
             views["cells_there"] = cells.transpose(1, 2)
             views["cells_shown"] = (cells.abs() <= 1).all(1)
             views["cells_occupied"] = occupied.flatten(1)
-            return {"first": first.data, "second": second.data, **views}
-        intensity = config.intensity.suited_to(self.configuration.normalization_schemes)
-        for name, view in (("first", first), ("second", second)):
-            views[name] = intensity_view(view.data, view.valid, random.child(name), intensity, inplace=True)
-        return views
+        return {"first": first.data, "second": second.data, **views}
 
     def forward(self, views: Views) -> StepOutput:
         """Swapped prediction, beside what it is without looking; see `assignment_metrics`."""
@@ -294,22 +293,6 @@ def middles(grid: Sequence[int], device: torch.device) -> torch.Tensor:
     """The middle of every cell of a map, from -1 to 1 across it, the last axis fastest: (1, cells, D)."""
     axes = [2 * (torch.arange(edge, device=device) + 0.5) / edge - 1 for edge in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, -2)[None]
-
-
-def unmoved(view: SpatialTransform) -> torch.Tensor:
-    """Every voxel of a view, counted from its middle: (1, D, *size)."""
-    edges = [torch.arange(edge, device=view.centre.device) - (edge - 1) / 2 for edge in view.size]
-    return torch.stack(torch.meshgrid(*edges, indexing="ij"))[None]
-
-
-def across(offset: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Voxels counted from the middle, (B, D, *any), as shares of half a view of that size: from -1 to 1 across it."""
-    return offset * 2 / torch.tensor(size, device=offset.device).view(1, -1, *[1] * (offset.ndim - 2))
-
-
-def picked(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Values (B, D, *size) at voxels (B, P), the last axis fastest: (B, P, D)."""
-    return values.flatten(2).gather(2, chosen[:, None].expand(-1, values.shape[1], -1)).transpose(1, 2)
 
 
 @TRAINERS.register

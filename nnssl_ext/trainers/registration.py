@@ -41,6 +41,7 @@ from nnssl_ext.views.crops import UNMOVED
 from nnssl_ext.views.masks import block_mask
 from nnssl_ext.views.occupancy import occupied_cells
 from nnssl_ext.views.overlap import place_in
+from nnssl_ext.views.places import unmoved
 from nnssl_ext.views.sham import restore_another_case
 from nnssl_ext.views.spatial import SpatialConfig, draw_transform, training_view
 from nnssl_ext.views.tokens import whole_only
@@ -256,9 +257,7 @@ def displacement(moving: SpatialTransform, fixed: SpatialTransform) -> torch.Ten
         moving: Where it was taken, without elastic deformation.
         fixed: Where the other one was taken from the same crop, of the same size.
     """
-    there = place_in(moving, fixed)
-    axes = [torch.arange(edge, device=there.device) - (edge - 1) / 2 for edge in fixed.size]
-    return there - torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return place_in(moving, fixed) - unmoved(fixed)
 
 
 def _mean_edge(configuration: Configuration) -> float:

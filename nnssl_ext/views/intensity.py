@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nnssl_ext.core.checks import rising, within
 from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.views.transform import SpatialView
 
 MEASURED = "CTNormalization"
 """The normalisation of images whose numbers are physical."""
@@ -102,6 +103,17 @@ def intensity_view(
                 for volume, strength, seed in zip(samples[row], *draws, strict=True):
                     change.apply(volume, strength, seed)
     return changed
+
+
+def recoloured(
+    first: SpatialView, second: SpatialView, random: SampleRandom, config: IntensityConfig
+) -> tuple[SpatialView, SpatialView]:
+    """Two views with changed intensities, each on its own; the memory of what they were is used."""
+    first, second = (
+        replace(view, data=intensity_view(view.data, view.valid, random.child(name), config, inplace=True))
+        for name, view in (("first", first), ("second", second))
+    )
+    return first, second
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnssl_ext.loading.batch import Batch
-from nnssl_ext.views.places import read_at
+from nnssl_ext.views.places import across, read_at
 from nnssl_ext.views.transform import SpatialTransform
 
 
@@ -40,8 +40,7 @@ def seen_at(transform: SpatialTransform, places: Tensor) -> Tensor:
     """
     inverse = torch.linalg.inv_ex(transform.matrix).inverse
     offset = places - transform.centre[:, None]
-    there = (inverse[:, None] * offset[:, :, None]).sum(3)
-    return there * 2 / torch.tensor(transform.size, device=there.device)
+    return across((inverse[:, None] * offset[:, :, None]).sum(3), transform.size)
 
 
 def shown_at(asked: Tensor, there: Tensor, size: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nnssl_ext.core.random import SampleRandom
+from nnssl_ext.views.transform import SpatialTransform
 
 
 def shared_places(
@@ -33,6 +34,22 @@ def shared_places(
     draw = torch.from_numpy(random.uniform("draw", shape=(prod(asked.shape[2:]),))).to(there.device)
     found, chosen = torch.where(may, draw, -1).topk(number, dim=1)
     return chosen, found >= 0
+
+
+def unmoved(view: SpatialTransform) -> Tensor:
+    """Every voxel of a view, counted from its middle: (1, D, *size)."""
+    edges = [torch.arange(edge, device=view.centre.device) - (edge - 1) / 2 for edge in view.size]
+    return torch.stack(torch.meshgrid(*edges, indexing="ij"))[None]
+
+
+def across(offset: Tensor, size: Sequence[int]) -> Tensor:
+    """Voxels counted from the middle of a view of that size, (..., D), as places from -1 to 1 across it."""
+    return offset * 2 / torch.tensor(size, device=offset.device)
+
+
+def picked(values: Tensor, chosen: Tensor) -> Tensor:
+    """Values (B, C, *size) at voxels (B, P), the last axis fastest: (B, P, C)."""
+    return values.flatten(2).gather(2, chosen[:, None].expand(-1, values.shape[1], -1)).transpose(1, 2)
 
 
 def read_at(values: Tensor, there: Tensor) -> Tensor:
