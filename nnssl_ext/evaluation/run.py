@@ -152,7 +152,7 @@ def conclude(prepared: Prepared, runs: Sequence[Run], scores: Sequence[CaseScore
         summaries=tuple(summaries),
         comparisons=tuple(comparisons),
         convergence=tuple(trends),
-        verdicts=tuple(verdict.decide(described, summaries, comparisons, trends, len(settings.seeds))),
+        verdicts=tuple(verdict.decide(described, summaries, comparisons, trends)),
         warnings=prepared.warnings,
         versions=versions(),
         absent={name: analysis.num_absent(scores, name) for name in classes},

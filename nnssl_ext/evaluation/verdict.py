@@ -46,7 +46,6 @@ def decide(
     summaries: Sequence[Summary],
     comparisons: Sequence[Comparison],
     trends: Sequence[Convergence],
-    num_seeds: int,
 ) -> list[Verdict]:
     """One verdict per arm that is compared with another one."""
     reference, named = next(arm for arm in arms if arm.role == "reference"), {arm.name: arm for arm in arms}
@@ -59,7 +58,8 @@ def decide(
         if rows:
             base = named.get(arm.baseline, reference)
             sizes = tuple(_judge_size(arm, base, row, means, rising) for row in rows)
-            verdicts.append(_judge_arm(arm, base, sizes, rows, num_seeds))
+            seeds = {side.name: means[side.name, rows[0].num_train].num_seeds for side in (arm, base)}
+            verdicts.append(_judge_arm(arm, base, sizes, rows, seeds))
     return verdicts
 
 
@@ -128,21 +128,24 @@ def unfair_to(label: str, mean: float, rising: bool) -> str:
 
 
 def _judge_arm(
-    arm: Arm, reference: Arm, sizes: Sequence[SizeVerdict], rows: Sequence[Comparison], num_seeds: int
+    arm: Arm, reference: Arm, sizes: Sequence[SizeVerdict], rows: Sequence[Comparison], seeds: Mapping[str, int]
 ) -> Verdict:
     groups: dict[str, list[Comparison]] = {}
     for size, row in zip(sizes, rows, strict=True):
         groups.setdefault(_finding(size.outcome, row), []).append(row)
     parts = [_clause(finding, groups[finding]) for finding in _CLAUSES if finding in groups]
     alike = not (reference.pretrained or arm.other_network)
-    subject = "Pretraining" if arm.pretrained and alike else arm.label
+    pretraining = "Pretraining" if arm.pretrained_per_seed else "This pretraining"
+    subject = pretraining if arm.pretrained and alike else arm.label
+    unseeded = next((side.label for side in (arm, reference) if seeds[side.name] < max(seeds.values())), "")
+    once = [side.label for side in (arm, reference) if side.pretrained and not side.pretrained_per_seed]
     outcomes = {size.outcome for size in sizes}
     return Verdict(
         arm=arm.name,
         outcome=next(outcome for outcome in _ORDER if outcome in outcomes),
         headline=f"{subject} {'; '.join(parts)}.",
         sizes=tuple(sizes),
-        certainty=certainty(rows, num_seeds),
+        certainty=certainty(rows, min(seeds.values()), unseeded) + _one_run(once),
     )
 
 
@@ -175,8 +178,22 @@ def _clause(finding: str, rows: Sequence[Comparison]) -> str:
     return _CLAUSES[finding].format(where=where)
 
 
-def certainty(rows: Sequence[Comparison], num_seeds: int) -> str:
-    """What stands behind the verdict, and what the seeds cannot decide."""
+def _one_run(labels: Sequence[str]) -> str:
+    """What is said of arms whose seeds share a pretraining."""
+    if not labels:
+        return ""
+    what = "this checkpoint, not the method" if len(labels) == 1 else "these checkpoints, not the methods"
+    return f" One pretraining run stands behind {' and one behind '.join(labels)}: this is about {what}."
+
+
+def certainty(rows: Sequence[Comparison], num_seeds: int, unseeded: str = "") -> str:
+    """What stands behind the verdict, and what the seeds cannot decide.
+
+    Args:
+        rows: The comparisons that it stands on.
+        num_seeds: Of the arm that has fewer.
+        unseeded: Label of that arm, where the other one has more.
+    """
     limits = ", ".join(
         f"{row.undecidable_below:.3f} with {size_text(row.num_train)}"
         for row in rows
@@ -184,10 +201,12 @@ def certainty(rows: Sequence[Comparison], num_seeds: int) -> str:
     )
     if num_seeds == 1:
         limit = f" By the spread over folds they cannot decide Dice differences under {limits}." if limits else ""
+        who = f"{unseeded} has no seed" if unseeded else "One seed stands behind this"
+        advice = "" if unseeded else ", and give --seeds 0 1 2 or more"
         return (
-            "One seed stands behind this, so each fold was trained once, and the tests speak about these trained "
-            f"networks.{limit} Another seed alone can move a mean Dice by about {TYPICAL_SEED_SPREAD} on small data: "
-            f"be wary of differences under about {2 * TYPICAL_SEED_SPREAD}, and give --seeds 0 1 2 or more."
+            f"{who}, so each fold was trained once, and the tests speak about these trained networks.{limit} Another "
+            f"training alone can move a mean Dice by about {TYPICAL_SEED_SPREAD} on small data: be wary of differences "
+            f"under about {2 * TYPICAL_SEED_SPREAD}{advice}."
         )
     rough = _FEW_SEEDS_NOTE if num_seeds < FEW_SEEDS else ""
     return (

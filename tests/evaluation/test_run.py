@@ -363,7 +363,7 @@ def test_an_arm_of_another_network_is_compared_with_its_own_from_scratch(world: 
     gain = tables["ptPlans__mae-vit", "all"].values - tables["ptPlans__scratch-vit", "all"].values
     assert evaluation.comparison("ptPlans__mae-vit", "all", "dice").difference == pytest.approx(gain.mean())
     verdicts = {verdict.arm: verdict.headline.split()[0] for verdict in evaluation.verdicts}
-    assert verdicts["ptPlans__mae-vit"] == verdicts["ptPlans__mae"] == "Pretraining"
+    assert verdicts["ptPlans__mae-vit"] == verdicts["ptPlans__mae"] == "This"
     assert verdicts["ptPlans__scratch-vit"] == "scratch-vit"
     (differ,) = (warning for warning in evaluation.warnings if "differ in" in warning)
     assert differ.startswith("scratch-vit and scratch differ in architecture ")

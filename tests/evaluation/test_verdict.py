@@ -8,7 +8,7 @@ from nnssl_ext.evaluation.statistics import Interval
 from nnssl_ext.evaluation.verdict import certainty, convergence_warnings, decide
 
 SCRATCH = Arm(name="s", role="reference", trainer="T", pretrained=False, label="scratch")
-MAE = Arm(name="m", role="arm", trainer="T", pretrained=True, label="mae")
+MAE = Arm(name="m", role="arm", trainer="T", pretrained=True, pretrained_per_seed=True, label="mae")
 CLEAR = Comparison(
     arm="m",
     num_train=5,
@@ -25,7 +25,7 @@ CLEAR = Comparison(
 )
 
 
-def summary(arm: str, mean: float, size=5) -> Summary:
+def summary(arm: str, mean: float, size=5, num_seeds=3) -> Summary:
     return Summary(
         arm=arm,
         num_train=size,
@@ -34,16 +34,16 @@ def summary(arm: str, mean: float, size=5) -> Summary:
         mean=mean,
         interval=None,
         num_cases=30,
-        num_seeds=3,
+        num_seeds=num_seeds,
         fold_means={},
         seed_means={},
     )
 
 
-def verdict(row: Comparison = CLEAR, base: float = 0.7, state: str = "settled", seeds: int = 3):
+def verdict(row: Comparison = CLEAR, base: float = 0.7, state: str = "settled"):
     summaries = [summary("s", base), summary("m", base + 0.06)]
     trend = Convergence(arm="s", num_train=5, trend=Trend(state, "dice", 0.03, 5.0, 10), num_runs=5)
-    return decide([SCRATCH, MAE], summaries, [row], [trend], seeds)[0]
+    return decide([SCRATCH, MAE], summaries, [row], [trend])[0]
 
 
 def test_a_clear_gain() -> None:
@@ -132,7 +132,7 @@ def test_several_sizes_share_a_headline() -> None:
     nothing = replace(CLEAR, num_train="all", difference=0.001, interval=Interval(-0.01, 0.01), p_holm=0.9)
     sizes = [replace(CLEAR, num_train=2), CLEAR, replace(CLEAR, num_train=20), nothing]
     summaries = [summary(arm, 0.7, size) for arm in "sm" for size in (2, 5, 20, "all")]
-    (found,) = decide([SCRATCH, MAE], summaries, sizes, [], 3)
+    (found,) = decide([SCRATCH, MAE], summaries, sizes, [])
     assert found.outcome == "helped"
     assert found.headline == (
         "Pretraining helped with 2, 5 and 20 training cases (+0.060, +0.060, +0.060 Dice); made no difference that "
@@ -142,14 +142,39 @@ def test_several_sizes_share_a_headline() -> None:
 
 def test_an_arm_without_pretraining_is_called_by_its_name() -> None:
     plain = replace(MAE, pretrained=False, role="plain", label="nnUNetPlans")
-    (found,) = decide([SCRATCH, plain], [summary("s", 0.7), summary("m", 0.8)], [CLEAR], [], 3)
+    (found,) = decide([SCRATCH, plain], [summary("s", 0.7), summary("m", 0.8)], [CLEAR], [])
     assert found.headline == "nnUNetPlans helped with 5 training cases (+0.060 Dice)."
+    assert found.certainty.startswith("3 seeds stand behind this. ")
+
+
+def test_an_arm_without_seeds_is_not_said_to_have_those_of_the_others() -> None:
+    """Catches "3 seeds stand behind this" of a comparison whose one side was trained once."""
+    plain = replace(MAE, pretrained=False, role="plain", label="nnUNetPlans")
+    summaries = [summary("s", 0.7), summary("m", 0.8, num_seeds=1)]
+    (found,) = decide([SCRATCH, plain], summaries, [replace(CLEAR, undecidable_below=None)], [])
+    assert found.certainty == (
+        "nnUNetPlans has no seed, so each fold was trained once, and the tests speak about these trained networks. "
+        "Another training alone can move a mean Dice by about 0.02 on small data: be wary of differences under about "
+        "0.04."
+    )
+
+
+def test_one_pretraining_for_all_seeds_is_no_method() -> None:
+    """Catches a verdict about pretraining that stands on a single checkpoint and does not say so."""
+    (found,) = decide(
+        [SCRATCH, replace(MAE, pretrained_per_seed=False)], [summary("s", 0.7), summary("m", 0.8)], [CLEAR], []
+    )
+    assert found.headline == "This pretraining helped with 5 training cases (+0.060 Dice)."
+    assert found.certainty.endswith(
+        " One pretraining run stands behind mae: this is about this checkpoint, not the method."
+    )
+    assert "One pretraining run" not in verdict().certainty
 
 
 def test_a_network_of_another_kind_is_called_by_its_name() -> None:
     """Catches a difference of networks that is called one of pretraining."""
     other = replace(MAE, other_network=True)
-    (found,) = decide([SCRATCH, other], [summary("s", 0.7), summary("m", 0.8)], [CLEAR], [], 3)
+    (found,) = decide([SCRATCH, other], [summary("s", 0.7), summary("m", 0.8)], [CLEAR], [])
     assert found.headline == "mae helped with 5 training cases (+0.060 Dice)."
 
 

@@ -182,7 +182,7 @@ def test_one_fold_one_seed_one_class_still_make_a_report(evaluation: Evaluation)
         summaries=summaries,
         comparisons=comparisons,
         convergence=(),
-        verdicts=tuple(verdict.decide(evaluation.arms, summaries, comparisons, [], 1)),
+        verdicts=tuple(verdict.decide(evaluation.arms, summaries, comparisons, [])),
     )
     text = Page(render(small)).text
     assert "One seed stands behind this" in text
