@@ -13,29 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from nnssl_ext.models.backbone import token_level
 from nnssl_ext.models.encoder import Encoder
 
-MIN_TOKENS_PER_AXIS = 4
-"""A token is a position of the deepest feature map with at least this many positions along every axis."""
 MIN_VALID_SHARE = 0.5
 """A token counts where at least this share of its cell lies inside the volume."""
 MIN_CROPS_FOR_RANK = 3
 """With fewer crops the centred features span at most one direction, whatever they are."""
-
-
-def token_map(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The deepest map with at least `MIN_TOKENS_PER_AXIS` positions per axis, else the one with the most.
-
-    Args:
-        maps: Feature maps (B, C, *size), full resolution first.
-
-    Returns:
-        One of them.
-    """
-    for features in reversed(maps):
-        if min(features.shape[2:]) >= MIN_TOKENS_PER_AXIS:
-            return features
-    return max(maps, key=lambda features: min(features.shape[2:]))
 
 
 def effective_rank(features: torch.Tensor) -> float | None:
@@ -135,7 +119,7 @@ class FeatureMonitor:
             cases: The case of every crop.
         """
         maps = encoder.feature_maps(data)
-        tokens, deepest = token_map(maps).float(), maps[-1].float()
+        tokens, deepest = maps[token_level(encoder.strides, data.shape[2:])].float(), maps[-1].float()
         inside = valid_share(valid, tokens.shape[2:]) >= MIN_VALID_SHARE
         weight = valid_share(valid, deepest.shape[2:])
         pooled = (deepest.flatten(2) * weight[:, None]).sum(2) / weight.sum(1, keepdim=True).clamp(

@@ -10,7 +10,6 @@ from nnssl_ext.engine.monitors import (
     effective_rank,
     same_case_retrieval,
     summarise,
-    token_map,
     token_spread,
     valid_share,
 )
@@ -18,6 +17,8 @@ from nnssl_ext.engine.monitors import (
 
 class Averages(torch.nn.Module):
     """Two maps: the image itself and its means over cells of 2."""
+
+    strides = ((1, 1, 1), (2, 2, 2))
 
     def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [x, torch.nn.functional.avg_pool3d(x, 2)]
@@ -82,13 +83,6 @@ def test_retrieval_of_random_features_is_near_its_chance():
 @pytest.mark.parametrize("cases", [["a", "b", "c"], ["a", "a", "a"]])
 def test_retrieval_without_pairs_or_without_others_is_not_asked(cases):
     assert same_case_retrieval(torch.randn(3, 4), cases) is None
-
-
-def test_tokens_are_those_of_the_deepest_map_that_is_large_enough():
-    maps = [torch.zeros(1, 1, *(size,) * 3) for size in (16, 8, 4, 2)]
-    assert token_map(maps).shape[2:] == (4, 4, 4)
-    thin = [torch.zeros(1, 1, 3, 16, 16), torch.zeros(1, 1, 3, 8, 8), torch.zeros(1, 1, 2, 4, 4)]
-    assert token_map(thin).shape[2:] == (3, 16, 16)
 
 
 def test_valid_share_of_a_half_covered_cell_is_half():

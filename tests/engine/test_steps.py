@@ -18,6 +18,8 @@ from nnssl_ext.planners.rules import StepCost
 
 
 class Line(nn.Module):
+    strides = ((1, 1, 1),)
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv3d(1, 2, 1)
