@@ -67,7 +67,7 @@ def compare_methods(
     run_all(jobs.pretrain_method, {job.key: job.task for job in runs if not job.task.checkpoint.is_file()}, executor)
     probes = probe_tasks(planned, runs)
     run_all(jobs.probe_method, {k: task for k, task in probes.items() if not task.done}, executor)
-    arms = plan_arms(planned, runs, executor)
+    arms = plan_arms(planned, runs, executor, machine.device)
     evaluation, folder = evaluate(
         EvaluationSettings(
             dataset=planned.dataset,
@@ -162,13 +162,13 @@ def fix_steps(planned: Planned, executor: Executor, machine: Machine) -> dict[st
     return kept["methods"]
 
 
-def plan_arms(planned: Planned, runs: list[Job], executor: Executor) -> dict[str, str]:
+def plan_arms(planned: Planned, runs: list[Job], executor: Executor, device: str) -> dict[str, str]:
     """Plans of every arm, and the preprocessed cases: label to plans name, from scratch first."""
     first = planned.settings.seeds[0]
     scratch, tasks, arms = {}, {}, {}
     for network, method in planned.networks.items():
         job = next(job for job in runs if job.method == method and job.seed == first)
-        name = planned.scratch_name(network)
+        name = planned.scratch_name(network, device)
         arms[planned.scratch_label(network)] = name
         scratch[name] = finetuning_task(planned, job, name, from_scratch=True)
     for job in runs:

@@ -169,6 +169,8 @@ class ProbeTask:
     pool: tuple[str, ...]
     """Cases to learn from."""
     test: tuple[str, ...]
+    contents: str
+    """Code of the files of both."""
     patch_size: tuple[int, ...]
     """Windows of a U-Net."""
     config: dict[str, Any]
@@ -179,13 +181,13 @@ class ProbeTask:
 
     @property
     def done(self) -> bool:
-        """Whether its record is there, and is of the checkpoint that is there now."""
+        """Whether its record is there, and is of the checkpoint and the files that are there now."""
         return self.target.is_file() and read_json(self.target).get(MADE_OF) == self.made_of
 
     @property
-    def made_of(self) -> str | None:
-        """Content hash of the checkpoint."""
-        return None if self.checkpoint is None else file_hash(self.checkpoint)
+    def made_of(self) -> list[str | None]:
+        """Hash of the checkpoint, and the code of the cases' files."""
+        return [None if self.checkpoint is None else file_hash(self.checkpoint), self.contents]
 
 
 def probe_method(task: ProbeTask) -> None:

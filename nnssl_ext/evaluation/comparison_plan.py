@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from nnssl_ext.evaluation.records import NumTrain
 from nnssl_ext.finetuning.nnunet_dataset import prepare_dataset
 from nnssl_ext.finetuning.nnunet_plans import dataset_splits, parse_settings, read_splits
 from nnssl_ext.finetuning.plans_content import configuration_name
+from nnssl_ext.finetuning.sources import source_hashes
 from nnssl_ext.planners.plan import Configuration, Plan
 from nnssl_ext.planners.primus import PRIMUS_SIZES, primus_architecture, token_size, with_patch_size
 from nnssl_ext.preprocessing.index import INDEX_FILE
@@ -114,6 +115,8 @@ class Planned:
     num_train: tuple[NumTrain, ...]
     patch_size: tuple[int, ...]
     """Of fine-tuning."""
+    made_of: Mapping[str, tuple[str, ...]]
+    """Hashes of the raw files of every case of the folds."""
     warnings: tuple[str, ...]
 
     @property
@@ -166,9 +169,14 @@ class Planned:
         code = self.finetuning_code(tag, method.sham, method.protocol.transfer)
         return f"{NAME_PREFIX}{method.short}-{code}__p{SEED_FIELD}"
 
-    def scratch_name(self, network: str) -> str:
-        """Plans name of the arm from scratch on a network."""
-        return f"{NAME_PREFIX}{SCRATCH}-{self.finetuning_code(network)}"
+    def scratch_name(self, network: str, device: str) -> str:
+        """Plans name of the arm from scratch on a network; a device's default precision is its own."""
+        return f"{NAME_PREFIX}{SCRATCH}-{self.finetuning_code(network, device)}"
+
+
+def cases_of(splits: Iterable[Split]) -> list[str]:
+    """Every case of the folds, once."""
+    return sorted({case for split in splits for case in (*split.train, *split.val)})
 
 
 def code_of(*parts: Any) -> str:
@@ -212,6 +220,7 @@ def plan_comparison(settings: ComparisonSettings, executor: Executor) -> Planned
         folds=chosen,
         num_train=sizes,
         patch_size=settings.finetuning.patch_size or base_patch(methods[0], pretraining),
+        made_of=source_hashes(manifest, cases_of(chosen_splits), executor, preprocessed),
         warnings=tuple(_warnings(settings)),
     )
     pool, test = planned.probe_cases()
@@ -354,7 +363,7 @@ def _refuse_leaks(
         ValueError: If an image of a fold is among those that would be pretrained on, by content, or on both of its
             sides.
     """
-    cases = sorted({case for split in splits.values() for case in (*split.train, *split.val)})
+    cases = cases_of(splits.values())
     hashes = content_hashes(manifest, cases, executor, cache)
     refuse_copies(hashes, splits)
     for identifier in sorted({method.configuration.data_identifier for method in methods}):

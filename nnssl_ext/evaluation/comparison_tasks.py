@@ -79,6 +79,7 @@ def probe_tasks(planned: Planned, runs: Sequence[Job]) -> dict[str, jobs.ProbeTa
     pool, test = planned.probe_cases()
     windows = probe.patch_size or planned.patch_size
     code = code_of(to_dict(probe), pool, test, windows)
+    contents = code_of([planned.made_of[case] for case in (*pool, *test)])
     tasks = {}
     for job in runs:
         for name, checkpoint in ((job.key, job.task.checkpoint), (random_key(job.method, job.seed), None)):
@@ -91,6 +92,7 @@ def probe_tasks(planned: Planned, runs: Sequence[Job]) -> dict[str, jobs.ProbeTa
                 dataset=planned.dataset,
                 pool=pool,
                 test=test,
+                contents=contents,
                 patch_size=windows,
                 config=to_dict(probe.config),
                 log_file=planned.folder / "logs" / f"probe-{key}.log",

@@ -22,6 +22,7 @@ from nnssl_ext.evaluation.arms import PlannedArm
 from nnssl_ext.evaluation.records import NumTrain
 from nnssl_ext.evaluation.scoring import is_finished
 from nnssl_ext.finetuning.config import PLANS_KEY, differing_settings
+from nnssl_ext.finetuning.sources import read_sources
 
 SPLITS_FILE = "splits_final.json"
 PLANS_FILE = "plans.json"
@@ -209,6 +210,33 @@ def check_same_settings(run: FoldRun, plans: dict[str, Any]) -> None:
             f"{', '.join(differing)}). Delete that folder to train it again, or plan the arm under another name: "
             "nnssl_plan_finetuning -n NAME"
         )
+
+
+def refuse_changed(
+    runs: Sequence[FoldRun], made_of: Mapping[str, Sequence[str]], preprocessed: Path, configuration: str
+) -> None:
+    """Refuses runs that were, or would be, trained on images or labels that have changed since.
+
+    Args:
+        runs: Finished ones or not.
+        made_of: Hashes of the raw files of every case now.
+        preprocessed: The dataset's folder in nnU-Net's preprocessed data.
+        configuration: nnU-Net's configuration.
+
+    Raises:
+        ValueError: With a case and what to do.
+    """
+    for run in runs:
+        known, what = read_sources(run.folder), f"{run.folder} was trained. Delete that folder to train it again"
+        if not (known or is_finished(run.folder)):
+            folder = preprocessed / run.start.plans["configurations"][configuration]["data_identifier"]
+            known = read_sources(folder)
+            what = f"{folder} was made. Make it again: nnssl_plan_finetuning with the same arguments"
+        changed = [c for c in (*run.train_cases, *run.val_cases) if c in known and tuple(made_of[c]) != known[c]]
+        if changed:
+            raise ValueError(
+                f"{len(changed)} cases, such as {changed[0]}, have another image or label than when {what}"
+            )
 
 
 def ensure_plain_splits(preprocessed: Path, splits: Sequence[Split], folds: Sequence[int]) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from nnssl_ext.core.executor import Executor
-from nnssl_ext.core.logs import track
-from nnssl_ext.core.records import read_json, write_json
 from nnssl_ext.dataset.integrity import image_hashes
 from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split
+from nnssl_ext.finetuning.sources import kept_hashes
 
 
 def content_hashes(
@@ -30,17 +28,8 @@ def content_hashes(
     Raises:
         ValueError: If an image cannot be read.
     """
-    stamps = {case: _stamp(manifest.case(case).images) for case in cases}
-    kept: dict[str, dict[str, Any]] = read_json(cache) if cache.is_file() else {}
-    missing = [case for case in cases if kept.get(case, {}).get("files") != stamps[case]]
-    tasks = {case: (manifest.case(case).images,) for case in missing}
-    for result in track(executor.run(image_hashes, tasks), len(tasks), "looking for leaks"):
-        if result.error is not None:
-            raise ValueError(f"case {result.key} cannot be read: {result.error}")
-        kept[result.key] = {"files": stamps[result.key], "hashes": list(result.value)}
-    if missing:
-        write_json(cache, kept)
-    return {case: tuple(kept[case]["hashes"]) for case in cases}
+    files = {case: manifest.case(case).images for case in cases}
+    return kept_hashes(image_hashes, files, executor, cache, "looking for leaks")
 
 
 def refuse_copies(hashes: Mapping[str, Sequence[str]], splits: Mapping[int, Split]) -> None:
@@ -63,8 +52,3 @@ def refuse_copies(hashes: Mapping[str, Sequence[str]], splits: Mapping[int, Spli
                     "result would not be honest. Remove one of the two, or put both on one side in splits_final.json "
                     "and plan again"
                 )
-
-
-def _stamp(files: Sequence[Path]) -> list[list[Any]]:
-    """Path, size and time of each file, as JSON keeps them."""
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

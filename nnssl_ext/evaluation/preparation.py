@@ -19,6 +19,7 @@ from nnssl_ext.evaluation.metrics import DEFAULT_TOLERANCE_MM
 from nnssl_ext.evaluation.records import NumTrain
 from nnssl_ext.finetuning.environment import nnunet_root
 from nnssl_ext.finetuning.nnunet_plans import derive_plans
+from nnssl_ext.finetuning.sources import source_hashes
 
 HASHES_FILE = "nnssl_content_hashes.json"
 EVALUATIONS_FOLDER = "evaluation"
@@ -102,7 +103,7 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
     Raises:
         FileNotFoundError: If the dataset, an arm's plans or its weights are missing.
         ValueError: If the arms cannot be compared fairly, weights are not those of their plans, a case was pretrained
-            on, or sizes or folds do not exist.
+            on or has changed since it was trained on, or sizes or folds do not exist.
     """
     preprocessed = find_dataset(settings.dataset, nnunet_root("preprocessed"))
     manifest = Manifest.load(find_dataset(settings.dataset, nnunet_root("raw")))
@@ -141,6 +142,8 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
         configuration=settings.configuration,
         results=nnunet_root("results") / preprocessed.name,
     )
+    made_of = source_hashes(manifest, cases, executor, preprocessed)
+    folds.refuse_changed(runs, made_of, preprocessed, settings.configuration)
     name = settings.name or "__".join([*(arm.label for arm in planned), settings.configuration])
     return Prepared(
         settings=settings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from nnssl_ext.core.history import recorded_commands
 from nnssl_ext.core.paths import preprocessed_root, raw_root, results_root
 from nnssl_ext.core.records import read_json
 from nnssl_ext.evaluation.arms import PlannedArm
+from nnssl_ext.finetuning.sources import RECORD_FILE
+from nnssl_ext.finetuning.sources import versions as recorded_versions
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +84,23 @@ def commands_of(arm: PlannedArm, pretraining_run: Path | None) -> tuple[str, ...
     prepared = dict.fromkeys(line for folder in folders for line in recorded_commands(folder))
     contents: list[dict[str, Any]] = [read_json(path) for path in records if path.is_file()]
     return (*prepared, *(shlex.join(content["command"]) for content in contents if content.get("command")))
+
+
+def version_warnings(folders: Sequence[Path]) -> list[str]:
+    """A warning where runs were made with other versions than those that are installed now.
+
+    Args:
+        folders: Of fold runs and of pretraining runs; one that recorded none tells nothing.
+    """
+    now = recorded_versions()
+    records = [read_json(f / name) for f in folders for name in (RECORD_FILE, CONFIG_FILE) if (f / name).is_file()]
+    other = {f"{k} {v}" for record in records for k, v in record.get("versions", {}).items() if now.get(k) != v}
+    if not other:
+        return []
+    return [
+        f"Some runs were made with other versions than those named below: {', '.join(sorted(other))}. Numbers of "
+        "different versions may differ by themselves."
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from nnssl_ext.evaluation import analysis, folds, scoring, training, verdict
 from nnssl_ext.evaluation.arms import PlannedArm, describe_arm
 from nnssl_ext.evaluation.metrics import ClassScores
 from nnssl_ext.evaluation.preparation import EvaluationSettings, Prepared, prepare, write_plans
-from nnssl_ext.evaluation.provenance import commands_of, find_pretraining_run, versions
+from nnssl_ext.evaluation.provenance import commands_of, find_pretraining_run, version_warnings, versions
 from nnssl_ext.evaluation.records import Arm, CaseScores, Evaluation, Run, save_evaluation
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,9 @@ def conclude(prepared: Prepared, runs: Sequence[Run], scores: Sequence[CaseScore
         versions=versions(),
         absent={name: analysis.num_absent(scores, name) for name in classes},
     )
-    return replace(evaluation, warnings=(*prepared.warnings, *verdict.warnings_about(evaluation, len(prepared.splits))))
+    made = [Path(folder) for folder in (*(r.folder for r in runs), *(a.pretraining_run for a in described)) if folder]
+    found = (*version_warnings(made), *verdict.warnings_about(evaluation, len(prepared.splits)))
+    return replace(evaluation, warnings=(*prepared.warnings, *found))
 
 
 def _describe(arm: PlannedArm, prepared: Prepared) -> Arm:

@@ -17,6 +17,7 @@ from nnssl_ext.core.paths import find_dataset
 from nnssl_ext.core.records import atomic_path, read_json, write_json
 from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.finetuning.environment import nnunet_root
+from nnssl_ext.finetuning.sources import read_sources, source_hashes, write_sources
 
 logger = logging.getLogger(__name__)
 NNUNET_PLANS = "nnUNetPlans"
@@ -75,7 +76,9 @@ def _check_labels(manifest: Manifest) -> None:
 
 
 def preprocess(plans_path: Path, configuration: str, executor: Executor) -> Path:
-    """Preprocesses the cases that are missing, with nnU-Net's preprocessor, and copies the labels for its validation.
+    """Preprocesses the cases that are missing, or whose image or label has changed since, with nnU-Net's preprocessor.
+
+    Copies the labels for nnU-Net's validation, too. A case of which nobody knows what it was made of is made again.
 
     Args:
         plans_path: Plans in the dataset's preprocessed folder.
@@ -93,12 +96,17 @@ def preprocess(plans_path: Path, configuration: str, executor: Executor) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     manifest = Manifest.load(find_dataset(plans["dataset_name"], nnunet_root("raw")))
     copy_labels(manifest, plans_path.parent / "gt_segmentations")
-    missing = [case for case in manifest.cases if not (folder / f"{case.case_id}{_CASE_SUFFIXES[-1]}").is_file()]
+    made_of = source_hashes(manifest, manifest.subjects(), executor, plans_path.parent)
+    present = {path.stem for path in folder.glob(f"*{_CASE_SUFFIXES[-1]}")}
+    kept = {case for case, hashes in read_sources(folder).items() if made_of.get(case) == hashes}
+    missing = [case for case in manifest.cases if case.case_id not in present & kept]
     tasks = {
         case.case_id: (plans_path, configuration, case.case_id, case.images, case.label, folder) for case in missing
     }
     results = list(track(executor.run(preprocess_case, tasks), len(tasks), "preprocessing for nnU-Net"))
     failed = [result for result in results if result.error is not None]
+    if results:
+        write_sources(folder, {result.key: made_of[result.key] for result in results if result.error is None})
     if failed:
         raise ValueError(
             f"{len(failed)} of {len(tasks)} cases could not be preprocessed. {failed[0].key}: {failed[0].error}"

@@ -14,6 +14,7 @@ from nnssl_ext.core.paths import find_dataset, plans_in, run_name
 from nnssl_ext.core.records import read_json
 from nnssl_ext.finetuning.config import differing_settings
 from nnssl_ext.finetuning.environment import nnunet_root
+from nnssl_ext.finetuning.sources import write_record
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,8 @@ def run_fold(
     torch.backends.cudnn.benchmark = torch.device(device).type == "cuda"
     with _threads(num_threads), _quiet(verbose):
         runner = _build(dataset, plans_name, configuration, fold, torch.device(device), trainer)
-        _continue(runner, result)
+        if not _continue(runner, result):
+            write_record(result.folder, Path(runner.preprocessed_dataset_folder))
         if not result.checkpoint.is_file():
             runner.run_training()
         runner.perform_actual_validation()
@@ -138,8 +140,8 @@ def _trainer_class(name: str) -> Any:
     return recursive_find_trainer_class_by_name(name)
 
 
-def _continue(runner: nnUNetTrainer, result: FoldResult) -> None:
-    """Loads the final or the latest checkpoint where there is one and its settings are those of the plans now."""
+def _continue(runner: nnUNetTrainer, result: FoldResult) -> bool:
+    """Loads the final or the latest checkpoint, where there is one and its settings are those of the plans now."""
     for file in (result.checkpoint, result.folder / "checkpoint_latest.pth"):
         if file.is_file():
             runner.load_checkpoint(str(file))
@@ -151,7 +153,8 @@ def _continue(runner: nnUNetTrainer, result: FoldResult) -> None:
                     "own: nnssl_plan_finetuning -n NAME"
                 )
             logger.info("going on from %s", file)
-            return
+            return True
+    return False
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from nnssl_ext.dataset.manifest import write_dataset_json
 from nnssl_ext.dataset.splits import Split, folds_by_subject
 from nnssl_ext.evaluation.training import TrainingTask
 from nnssl_ext.finetuning.config import PLANS_KEY, FinetuningConfig
+from nnssl_ext.finetuning.sources import write_record
 from nnssl_ext.imageio import Geometry, read_image, read_segmentation, write_image, write_segmentation
 
 DATASET = "Dataset004_Balls"
@@ -21,6 +22,7 @@ SHAPE = (9, 16, 14)
 GEOMETRY = Geometry(spacing=(2.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), direction=(1.0, 0, 0, 0, 1.0, 0, 0, 0, 1.0))
 LABELS = {"background": 0, "inner": 1, "outer": 2}
 NUM_EPOCHS = 20
+CASES_FOLDER = "prepared"
 
 
 def make_dataset(root: Path) -> None:
@@ -47,6 +49,7 @@ def make_plans(root: Path, name: str, **settings) -> Path:
     path = root / "preprocessed" / DATASET / f"{name}.json"
     configuration = {"patch_size": [8, 16, 16], "batch_size": 2, "spacing": [2.0, 1.0, 1.0]}
     configuration["architecture"] = settings.pop("architecture", {})
+    configuration["data_identifier"] = CASES_FOLDER
     plans = {"plans_name": name, "dataset_name": DATASET, "configurations": {"3d_fullres": configuration}}
     if settings.pop("plain", False):
         write_json(path, plans)
@@ -79,6 +82,7 @@ def pretend_to_train(task: TrainingTask) -> None:
     rows = [_predict(fold, case, error, (task.plans_name, task.fold)) for case in split["val"]]
     _write_curves(fold, error)
     (fold / "checkpoint_final.pth").write_bytes(b"")
+    write_record(fold, root.parent / "preprocessed" / task.dataset / CASES_FOLDER)
     write_json(fold / "validation" / "summary.json", {"metric_per_case": rows})
 
 

@@ -182,7 +182,7 @@ def test_a_second_start_does_nothing_and_finds_the_same(finished: SimpleNamespac
 
 
 def test_a_pretraining_that_was_done_again_is_probed_again(world: World) -> None:
-    """Catches a probe that is taken for that of weights that came after it."""
+    """Catches a probe that is taken for that of weights, or of labels, that came after it."""
     world.prepare(settings())
     world.counts()
     checkpoint = next((world.root / "results" / UNLABELLED).glob("MAE*-s1__*/fold_all/checkpoint_final.pth"))
@@ -191,6 +191,11 @@ def test_a_pretraining_that_was_done_again_is_probed_again(world: World) -> None
     probed = [log for name, log in world.calls if name == "probe_method"]
     assert len(probed) == 1
     assert probed[0].startswith("probe-MAE-")
+    world.counts()
+    case = comparison_plan.plan_comparison(settings(), InlineExecutor()).probe_cases()[0][0]
+    (world.root / "raw" / fakes.DATASET / "labelsTr" / f"{case}.nii.gz").write_bytes(b"corrected")
+    world.prepare(settings())
+    assert world.counts()["probe_method"] == 6  # MAE, Spark and an untrained network, for two seeds
 
 
 def test_a_failing_run_stops_no_other_and_the_same_command_goes_on(world: World) -> None:
@@ -231,14 +236,16 @@ def test_what_is_there_serves_other_comparisons_and_other_settings_lie_elsewhere
 
 
 def test_other_images_or_another_preparation_are_other_runs(world: World) -> None:
-    """Catches weights, networks from scratch and probes that are taken for those of data that was prepared anew."""
+    """Catches weights, networks from scratch and probes taken for those of data prepared anew or another device."""
 
     def names() -> tuple[str, str, str]:
         planned = comparison_plan.plan_comparison(settings(), InlineExecutor())
         method = planned.methods[0]
         task = comparison.pretraining_task(planned, method, 50, 0, CPU)
-        return task.tag, planned.scratch_name(method.network), random_key(method, 0)
+        return task.tag, planned.scratch_name(method.network, "cpu"), random_key(method, 0)
 
+    planned = comparison_plan.plan_comparison(settings(), InlineExecutor())
+    assert len({planned.scratch_name("network", device) for device in ("cpu", "cuda")}) == 2
     before = names()
     world.seen.content_hashes = ("1" * 64,)
     after = names()

@@ -10,12 +10,15 @@ import torch
 from nnssl_ext.core.executor import InlineExecutor
 from nnssl_ext.core.records import read_json, write_json
 from nnssl_ext.dataset.integrity import content_hash
+from nnssl_ext.dataset.manifest import Manifest
+from nnssl_ext.dataset.splits import Split
 from nnssl_ext.evaluation import analysis
 from nnssl_ext.evaluation.preparation import EvaluationSettings, prepare
 from nnssl_ext.evaluation.records import MEAN_CLASS, load_evaluation
 from nnssl_ext.evaluation.run import evaluate
 from nnssl_ext.finetuning.config import PLANS_KEY
 from nnssl_ext.finetuning.weights import FRESH_KEY, weights_file_hash
+from nnssl_ext.finetuning.sources import source_hashes, write_sources
 from nnssl_ext.imageio import read_segmentation, write_image, write_segmentation
 from tests.evaluation import fakes
 
@@ -243,6 +246,22 @@ def test_results_of_other_weights_are_not_counted_as_results_of_these(world: Sim
 
 
 def test_a_setting_that_the_results_do_not_name_has_its_default(world: SimpleNamespace) -> None:
+def test_images_and_labels_that_have_changed_are_refused(world: SimpleNamespace) -> None:
+    """Catches folds that are trained on old labels, and old folds beside new ones, all scored against new labels."""
+    preprocessed = world.mae.parent
+    manifest, case = Manifest.load(world.root / "raw" / fakes.DATASET), fakes.splits()[0].train[0]
+    labels = world.root / "raw" / fakes.DATASET / "labelsTr"
+    hashes = source_hashes(manifest, fakes.CASES, InlineExecutor(), preprocessed)
+    write_sources(preprocessed / fakes.CASES_FOLDER, {**hashes, case: ("old", "old")})
+    with pytest.raises(ValueError, match=rf"1 cases, such as {case}, have another .* than when \S+prepared was made"):
+        run()
+    write_sources(preprocessed / fakes.CASES_FOLDER, hashes)
+    run()
+    (labels / f"{case}.nii.gz").write_bytes((labels / f"{fakes.CASES[-1]}.nii.gz").read_bytes() + b" ")
+    with pytest.raises(ValueError, match=rf"1 cases, such as {case}, .* than when \S+fold_\d was trained. Delete that"):
+        run()
+
+
     run(SETTINGS)
     used = world.results / "SSLFinetuneTrainer__ptPlans__mae__3d_fullres" / "plans.json"
     plans = read_json(used)

@@ -12,6 +12,7 @@ from nnssl_ext.core.records import write_json
 from nnssl_ext.evaluation import provenance, scoring
 from nnssl_ext.evaluation.arms import read_arm
 from nnssl_ext.evaluation.records import Curve
+from nnssl_ext.finetuning.sources import write_record
 from tests.evaluation import fakes
 
 LEASE = """
@@ -131,3 +132,12 @@ def test_an_arm_from_scratch_has_no_pretraining_run(roots: Path) -> None:
 
 def test_versions_name_what_the_numbers_depend_on() -> None:
     assert {"nnunetv2", "torch", "numpy", "python"} <= set(provenance.versions())
+
+
+def test_runs_of_other_versions_are_said_openly(tmp_path: Path) -> None:
+    """Catches today's versions standing over what others have made."""
+    write_record(tmp_path / "fold_0", tmp_path)
+    assert provenance.version_warnings([tmp_path / "fold_0", tmp_path / "nowhere"]) == []
+    write_json(tmp_path / "run" / provenance.CONFIG_FILE, {"versions": {"torch": "0.4", "gone": "1"}})
+    (warning,) = provenance.version_warnings([tmp_path / "fold_0", tmp_path / "run"])
+    assert "than those named below: gone 1, torch 0.4. " in warning

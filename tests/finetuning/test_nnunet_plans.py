@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,7 @@ def test_what_follows_from_elsewhere_is_not_set_by_hand(name: str) -> None:
 
 
 def test_preprocessing_is_nnunets_own_and_resumes(labelled_dataset: Path, checkpoint_file: Path) -> None:
+    """Catches a case that is kept although its label has changed."""
     import blosc2
     import numpy as np
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
@@ -212,9 +214,12 @@ def test_preprocessing_is_nnunets_own_and_resumes(labelled_dataset: Path, checkp
     assert np.array_equal(blosc2.open(str(folder / "ball_2_seg.b2nd"))[:], seg)
     kept = (folder / "ball_1.b2nd").stat().st_mtime_ns
     (folder / "ball_2.pkl").unlink()
+    shutil.copyfile(raw / "labelsTr" / "ball_4.nii.gz", raw / "labelsTr" / "ball_3.nii.gz")
     with make_executor(0) as executor:
         preprocess(plan.plans_path, plan.configuration, executor)
     assert (folder / "ball_2.pkl").is_file()
+    labels = [blosc2.open(str(folder / f"{case}_seg.b2nd"))[:] for case in ("ball_3", "ball_4")]
+    assert np.array_equal(*labels)  # the new label
     assert (folder / "ball_1.b2nd").stat().st_mtime_ns == kept
 
 

@@ -16,8 +16,9 @@ from nnssl_ext.finetuning.nnunet_plans import derive_plans, plan_finetuning
 from nnssl_ext.finetuning.nnunet_trainers import SSLFinetuneTrainer
 from nnssl_ext.finetuning.run import FoldResult, _build, fold_result, run_fold
 from nnssl_ext.finetuning.schedules import rate_factor
+from nnssl_ext.finetuning.sources import read_sources
 
-from .conftest import DATASET, SHAPE, checkpoint, write_fingerprint, write_raw
+from .conftest import DATASET, NUM_CASES, SHAPE, checkpoint, write_fingerprint, write_raw
 
 SHORT = {"num_epochs": 4, "iterations_per_epoch": 3, "val_iterations_per_epoch": 2, "save_every": 1}
 VAL_CASE = "ball_3"
@@ -177,6 +178,7 @@ def test_a_killed_validation_is_made_up_for_under_the_same_settings_only(base: P
     result = train(name)
     before = result.summary.read_text()
     result.summary.unlink()
+    assert set(read_sources(result.folder)) == {f"ball_{number}" for number in range(NUM_CASES)}
     checkpoint_time = result.checkpoint.stat().st_mtime_ns
     assert train(name).summary.read_text() == before
     assert result.checkpoint.stat().st_mtime_ns == checkpoint_time
