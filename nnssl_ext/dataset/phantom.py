@@ -28,17 +28,16 @@ _WARP = 0.06
 _NUM_WAVES = 6
 
 
-def phantom(index: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """One made-up case, a pure function of its index and the seed.
+def phantom(index: int) -> tuple[np.ndarray, np.ndarray]:
+    """One made-up case, a pure function of its index.
 
     Args:
         index: Number of the case.
-        seed: Number of the dataset.
 
     Returns:
         Image, float32 (Z, Y, X), and labels, uint8 of the same shape.
     """
-    rng = generator(seed, "phantom", index)
+    rng = generator(0, "phantom", index)
     shape = tuple(round(n * rng.uniform(0.9, 1.1)) for n in SHAPE)
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"))
@@ -74,13 +73,12 @@ def _smooth_field(rng: np.random.Generator, channels: int, grid: np.ndarray) -> 
     return np.sin(angle).sum(axis=1) / np.sqrt(_NUM_WAVES / 2)
 
 
-def write_phantom_dataset(folder: Path, num_cases: int, seed: int = 0) -> Path:
+def write_phantom_dataset(folder: Path, num_cases: int) -> Path:
     """Writes phantoms in the layout of the Medical Segmentation Decathlon (`imagesTr`, `labelsTr`, `dataset.json`).
 
     Args:
         folder: Made when needed.
         num_cases: How many, at least 1.
-        seed: Number of the dataset.
 
     Returns:
         The folder.
@@ -96,7 +94,7 @@ def write_phantom_dataset(folder: Path, num_cases: int, seed: int = 0) -> Path:
     for kind in ("imagesTr", "labelsTr"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
-        for kind, array in zip(("imagesTr", "labelsTr"), phantom(i, seed), strict=True):
+        for kind, array in zip(("imagesTr", "labelsTr"), phantom(i), strict=True):
             volume = sitk.GetImageFromArray(array)
             volume.SetSpacing(SPACING[::-1])
             sitk.WriteImage(volume, str(folder / kind / name))

@@ -7,8 +7,11 @@ import math
 import torch
 from torch.nn import functional
 
+EPSILON = 1e-6
+"""Added to a distance, which may be 0."""
 
-def koleo(features: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+
+def koleo(features: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor:
     """Mean of -log of the distance to the nearest other feature, on the unit sphere.
 
     The others are constants, be they of this batch, of other ranks or of a queue: so the loss of two ranks is that of
@@ -18,10 +21,9 @@ def koleo(features: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, 
         features: (N, D).
         others: (M, D).
         excluded: (N, M), bool; True where the other must not repel, such as the feature itself and views of its case.
-        eps: Added to the distance.
 
     Returns:
-        A scalar in float32, at least -log(2 + eps); 0 where no feature has another one.
+        A scalar in float32, at least -log(2 + `EPSILON`); 0 where no feature has another one.
     """
     if not others.shape[0]:
         return features.float().sum() * 0
@@ -31,5 +33,5 @@ def koleo(features: torch.Tensor, others: torch.Tensor, excluded: torch.Tensor, 
         similarity = (unit.detach() @ around.T).masked_fill(excluded, -math.inf)
     best, nearest = similarity.max(1)
     found = best > -math.inf
-    distance = ((unit - around[nearest]).square().sum(-1) + eps**2).sqrt()  # the root of 0 has no finite slope
-    return -((distance + eps).log() * found).sum() / found.sum().clamp(min=1)
+    distance = ((unit - around[nearest]).square().sum(-1) + EPSILON**2).sqrt()  # the root of 0 has no finite slope
+    return -((distance + EPSILON).log() * found).sum() / found.sum().clamp(min=1)

@@ -54,14 +54,14 @@ def joined(first: Tensor, then: Tensor) -> Tensor:
     return first + warp(then, first)
 
 
-def flow(velocity: Tensor, squarings: int = SQUARINGS) -> Tensor:
+def flow(velocity: Tensor) -> Tensor:
     """Where a velocity (B, D, *size), the same at all times, has carried each place after a time of 1.
 
     Scaling and squaring (Arsigny et al. 2006): a small step is joined with itself, again and again. What is made so can
     be undone by the flow of the opposite velocity, and does not fold while the velocity is smooth.
     """
-    field = velocity / 2**squarings
-    for _ in range(squarings):
+    field = velocity / 2**SQUARINGS
+    for _ in range(SQUARINGS):
         field = joined(field, field)
     return field
 

@@ -10,9 +10,10 @@ import torch
 from nnssl_ext.core.random import generator
 
 NUM_CANDIDATES = 20_000
+"""Random permutations to choose from."""
 
 
-def distant_permutations(num_items: int, number: int, num_candidates: int = NUM_CANDIDATES) -> torch.Tensor:
+def distant_permutations(num_items: int, number: int) -> torch.Tensor:
     """Chooses permutations one after the other, each as far from all before it as a random candidate can be.
 
     Far is in places that differ (Hamming). Of 100 permutations of 27 items the nearest two differ in 24 places or more,
@@ -21,7 +22,6 @@ def distant_permutations(num_items: int, number: int, num_candidates: int = NUM_
     Args:
         num_items: That are permuted, 2 or more.
         number: Permutations, 2 or more.
-        num_candidates: Random permutations to choose from.
 
     Returns:
         (number, num_items), int64, no two alike; the same every time.
@@ -29,14 +29,13 @@ def distant_permutations(num_items: int, number: int, num_candidates: int = NUM_
     Raises:
         ValueError: If there are not so many, or fewer than 2 are asked for.
     """
-    if not 2 <= number <= min(factorial(num_items), num_candidates):
-        raise ValueError(
-            f"permutations={number} must lie in [2, {min(factorial(num_items), num_candidates)}]: of {num_items} cells."
-        )
-    ordered = np.tile(np.arange(num_items, dtype=np.uint8), (num_candidates, 1))
+    most = min(factorial(num_items), NUM_CANDIDATES)
+    if not 2 <= number <= most:
+        raise ValueError(f"permutations={number} must lie in [2, {most}]: of {num_items} cells.")
+    ordered = np.tile(np.arange(num_items, dtype=np.uint8), (NUM_CANDIDATES, 1))
     candidates = generator("permutations", num_items).permuted(ordered, axis=1)
     chosen = [0]
-    nearest = np.full(num_candidates, num_items + 1)
+    nearest = np.full(NUM_CANDIDATES, num_items + 1)
     while len(chosen) < number:
         nearest = np.minimum(nearest, (candidates != candidates[chosen[-1]]).sum(1))
         chosen.append(int(nearest.argmax()))

@@ -78,21 +78,19 @@ def grid_cells(valid: Tensor, grid: Sequence[int]) -> Boxes:
     return Boxes(lower.unsqueeze(1) + 0.5 + places * edges, edges)
 
 
-def boxes_in_cells(cells: Boxes, random: SampleRandom, share: float = SHARE, gap: float = GAP) -> Boxes:
-    """A box at a random place in each cell, none nearer to a neighbour's than the gap.
+def boxes_in_cells(cells: Boxes, random: SampleRandom) -> Boxes:
+    """A box at a random place in each cell, none nearer to a neighbour's than `GAP`.
 
-    An edge is that share of the cell's, or shorter, so that there is as much room to move as the gap is wide, but half
-    the cell's at least: in a cell of less than four gaps the gap shrinks with it.
+    An edge is the share `SHARE` of the cell's, or shorter, so that there is as much room to move as the gap is wide,
+    but half the cell's at least: in a cell of less than four gaps the gap shrinks with it.
 
     Args:
         cells: Of a grid.
         random: Keyed by sample.
-        share: Largest edge as a share of the cell's, in (0, 1].
-        gap: In voxels, 0 or more.
     """
-    edges = torch.minimum(share * cells.edges, torch.maximum(cells.edges - 2 * gap, cells.edges / 2))
+    edges = torch.minimum(SHARE * cells.edges, torch.maximum(cells.edges - 2 * GAP, cells.edges / 2))
     slack = cells.edges - edges
-    margin = (slack / 4).clamp(max=gap / 2)
+    margin = (slack / 4).clamp(max=GAP / 2)
     draw = torch.from_numpy(random.uniform("place", shape=tuple(edges.shape[1:]))).to(edges)
     return Boxes(cells.lower + margin + draw * (slack - 2 * margin), edges)
 
