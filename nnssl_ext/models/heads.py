@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import nn
 from torch.nn import functional
 
+from nnssl_ext.models.perceptron import perceptron
+
+HIDDEN_WIDTH = 2048
+"""Largest width of the hidden layers, the paper's; never above 8 times that of the features."""
 WEIGHT_STD = 0.02
 """Initial spread of linear layers, the papers'."""
 
@@ -21,7 +23,6 @@ class PrototypeHead(nn.Module):
     Args:
         width: Of the features.
         num_prototypes: Outputs.
-        hidden_width: Of the hidden layers, at most; never above 8 times `width`.
         bottleneck_width: At most; never above twice `width`.
         num_layers: Linear layers up to the bottleneck, 1 or more.
     """
@@ -29,21 +30,11 @@ class PrototypeHead(nn.Module):
     moving: torch.Tensor
     """1 where prototypes learn, 0 where they are frozen, as at the start."""
 
-    def __init__(
-        self,
-        width: int,
-        num_prototypes: int,
-        hidden_width: int = 2048,
-        bottleneck_width: int = 256,
-        num_layers: int = 3,
-    ) -> None:
+    def __init__(self, width: int, num_prototypes: int, bottleneck_width: int = 256, num_layers: int = 3) -> None:
         super().__init__()
         self.bottleneck_width = min(bottleneck_width, 2 * width)
-        widths = [width, *[min(hidden_width, 8 * width)] * (num_layers - 1)]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.GELU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], self.bottleneck_width))
+        hidden = [min(HIDDEN_WIDTH, 8 * width)] * (num_layers - 1)
+        self.layers = perceptron([width, *hidden, self.bottleneck_width])
         self.weight = nn.Parameter(torch.randn(num_prototypes, self.bottleneck_width))
         self.register_buffer("moving", torch.zeros(()))
         for module in self.layers:

@@ -6,9 +6,9 @@ import torch
 from nnssl_ext.models.heads import PrototypeHead
 
 
-def make(width: int = 16, num_prototypes: int = 12, **settings: int) -> PrototypeHead:
+def make(width: int = 16) -> PrototypeHead:
     torch.manual_seed(0)
-    return PrototypeHead(width, num_prototypes, **settings)
+    return PrototypeHead(width, num_prototypes=12)
 
 
 @pytest.mark.parametrize(("width", "hidden", "bottleneck"), [(16, 128, 32), (320, 2048, 256)])
