@@ -35,8 +35,8 @@ SMALL = {"block_size": 4, "decoder_depth": 2, "margin": 2.0, "positions": 64}
 NUM_CASES = 4
 GRADIENT_STEPS = 20
 LEARNING_STEPS = 40
-TAKEN, DRAWN, COUNTED = {"target", "classes", "partner"}, {"turns", "order", "place"}, {"asked", "valid"}
-"""Views that a sham takes from another sample, that it draws anew, and of whose voxels it may ask for fewer."""
+TAKEN, DRAWN = {"target", "classes", "partner"}, {"turns", "order", "place"}
+"""Views that a sham takes from another sample, and that it draws anew."""
 STILL = [
     f"{name}=0" for name in ("noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "inverted_gamma")
 ]
@@ -356,8 +356,9 @@ def test_a_stock_nnunet_loads_the_export_and_computes_the_same(trainer, plan, tm
 
 
 def test_a_sham_destroys_every_target_and_leaves_the_rest(trainer, plan):
-    """Catches a sham that leaves a target, or one sample's, as it was, that changes what the network sees, that asks
-    for padding, or whose loss is no number. Targets that a teacher gives are no views: of those the loss alone tells.
+    """Catches a sham that leaves a target, or one sample's, as it was, or takes it from elsewhere than another case,
+    that changes what the network sees, that asks for padding of either case or for less than both have, or whose loss
+    is no number. Targets that a teacher gives are no views: of those the loss alone tells.
     """
     task = build(trainer, plan).eval()
     batch = make_batch(task)
@@ -372,10 +373,13 @@ def test_a_sham_destroys_every_target_and_leaves_the_rest(trainer, plan):
         kind = name.rpartition("/")[2]  # those of joint training begin with the task
         if kind in TAKEN:
             assert (sham[name] != view).view(len(view), -1).any(1).all(), name
+            assert torch.equal(sham[name], view.roll(1, 0)), name
         elif kind in DRAWN:
             assert not torch.equal(sham[name], view), name
-        elif kind in COUNTED:
-            assert not (sham[name] & ~view).any(), name
+        elif kind == ("asked" if name.removesuffix(kind) + "asked" in views else "valid"):
+            real = views[name.removesuffix(kind) + "valid"]
+            assert not (sham[name] & ~(view & real.roll(1, 0))).any(), name
+            assert not (view & view.roll(1, 0) & ~sham[name]).any(), name
         else:
             assert torch.equal(sham[name], view), name
 

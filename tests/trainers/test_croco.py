@@ -237,13 +237,6 @@ def test_a_pair_of_one_session(tiny_vit_plan, patch_size):
     assert torch.isfinite(task(views).loss)
 
 
-def test_a_sham_asks_for_another_case(task, patch_size):
-    views = task.views(make_batch(noise(patch_size)), RANDOM, train=False)
-    sham = task.sham(views, RANDOM)
-    assert torch.equal(sham["target"], views["target"].roll(1, 0))
-    assert all(torch.equal(sham[name], views[name]) for name in ("first", "second", "kept", "second_kept"))
-
-
 def test_it_restores_what_only_the_second_view_tells(tiny_vit_plan):
     """Every token of every picture is drawn anew, so nothing but the second view says what is hidden.
 

@@ -145,15 +145,6 @@ def test_the_loss_is_the_error_over_the_crop_and_chance_a_constant(tiny_plan, pa
     assert output.metrics["mse_untouched"].item() == pytest.approx(torch.stack(damage).mean().item(), rel=1e-4)
 
 
-def test_a_sham_asks_for_another_case(tiny_plan, patch_size):
-    task = make_task(tiny_plan(patch_size))
-    views = task.views(make_batch(patch_size), RANDOM, train=False)
-    sham = task.sham(views, RANDOM)
-    assert torch.equal(sham["image"], views["image"])
-    assert torch.equal(sham["target"][0], views["target"][1])
-    assert torch.equal(sham["valid"], views["valid"].all(0, keepdim=True).expand_as(views["valid"]))
-
-
 def test_recipe_and_settings_are_the_published_ones():
     trainer = TRAINERS.get("ModelsGenesisTrainer")()
     config = trainer.task_config

@@ -239,13 +239,6 @@ def test_projections_move_at_the_recipes_rate(tiny_vit_plan):
     assert {task.lr_scale(name) for name, _ in task.named_parameters()} == {0.5, 1.0}
 
 
-def test_a_sham_asks_for_another_case(task, patch_size):
-    views = task.views(make_batch(patch_size), RANDOM, train=False)
-    sham = task.sham(views, RANDOM)
-    assert torch.equal(sham["target"], views["target"].roll(1, 0))
-    assert torch.equal(sham["image"], views["image"])
-
-
 def test_one_modality_is_refused(tiny_vit_plan):
     assert MultiMAE.info.needs == DataNeeds(channels=2)
     with pytest.raises(ValueError, match=r"configuration '3d_fullres' has 1: use a dataset of 2 or more .* MAETrainer"):

@@ -147,14 +147,6 @@ def test_three_quarters_are_hidden_and_all_are_encoded(task, patch_size, train):
     assert tokens_before_blocks(task.eval(), views).shape[1] == number
 
 
-def test_a_sham_sees_its_case_and_is_asked_for_another(task, patch_size):
-    views = task.views(make_batch(patch_size), RANDOM, train=False)
-    sham = task.sham(views, RANDOM)
-    assert torch.equal(sham["target"], views["target"].flip(0))
-    assert torch.equal(sham["image"], views["image"])
-    assert torch.equal(sham["asked"], views["valid"].all(0, keepdim=True).expand_as(views["valid"]))
-
-
 def test_it_learns_structure_beyond_chance(tiny_vit_plan):
     torch.manual_seed(0)
     plan = tiny_vit_plan((24, 16))
