@@ -38,6 +38,12 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(params=[(16, 24, 8), (24, 16)], ids=["3d", "2d"])
+def patch_size(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    """Voxels per axis of a small crop, in 3D and in 2D."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def tiny_plan() -> Callable[..., Plan]:
     """Makes plans of a residual U-Net of three stages, 4 to 16 features wide; a patch of two edges makes them 2D."""

@@ -6,13 +6,7 @@ import torch
 from nnssl_ext.models.dense import build_dense, run_dense
 from nnssl_ext.views.tokens import whole_places
 
-PATCHES = [(16, 24, 8), (24, 16)]
 TOKENS = {2: (4, 4), 3: (2, 4, 4)}
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 @pytest.fixture(params=["tiny_plan", "tiny_vit_plan"], ids=["cnn", "vit"])

@@ -6,24 +6,21 @@ import torch
 from nnssl_ext.models.backbone import build_encoder, token_level
 from nnssl_ext.models.hidden import HiddenTokens, cells
 
-PATCHES = {"3d": (16, 24, 8), "2d": (24, 16)}
-
 
 @pytest.fixture(params=["cnn", "vit"])
 def make_plan(request, tiny_plan, tiny_vit_plan):
     return tiny_plan if request.param == "cnn" else tiny_vit_plan
 
 
-@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
-def test_the_network_sees_nothing_hidden_and_all_else(make_plan, patch):
-    plan = make_plan(patch)
+def test_the_network_sees_nothing_hidden_and_all_else(make_plan, patch_size):
+    plan = make_plan(patch_size)
     torch.manual_seed(0)
     encoder = build_encoder(plan.configuration(plan.configuration_names[0])).eval()
-    level = token_level(encoder.strides, patch)
+    level = token_level(encoder.strides, patch_size)
     module = HiddenTokens(encoder, level)
-    grid = [edge // step for edge, step in zip(patch, encoder.strides[level], strict=True)]
+    grid = [edge // step for edge, step in zip(patch_size, encoder.strides[level], strict=True)]
     hidden = torch.rand(2, 1, *grid, generator=torch.Generator().manual_seed(1)) < 0.5
-    image = torch.randn(2, 1, *patch)
+    image = torch.randn(2, 1, *patch_size)
     voxels = cells(hidden, encoder.strides[level])
     assert voxels.shape == image.shape
     with torch.no_grad():

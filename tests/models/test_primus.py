@@ -16,27 +16,20 @@ from nnssl_ext.models.primus import (
     resample_positions,
     rotary_table,
 )
+from tests.tasks import disturb
 
-PATCHES = [(16, 24, 8), (24, 16)]
 TOKENS = {2: (4, 4), 3: (2, 4, 4)}
 ARGUMENTS = {"embed_dim": 24, "eva_depth": 2, "eva_numheads": 2, "init_values": 0.1, "scale_attn_inner": True}
 
 
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def configuration(request, tiny_vit_plan):
-    plan = tiny_vit_plan(request.param, channels=2)
+@pytest.fixture
+def configuration(patch_size, tiny_vit_plan):
+    plan = tiny_vit_plan(patch_size, channels=2)
     return plan.configuration(plan.configuration_names[0])
 
 
 def image(patch_size, channels: int = 2) -> torch.Tensor:
     return torch.randn(2, channels, *patch_size, generator=torch.Generator().manual_seed(0))
-
-
-def disturb(module: torch.nn.Module) -> None:
-    """Moves every parameter away from its initial value."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
 def make_encoder(patch_size=(8, 16, 12), registers: int = 0) -> PrimusEncoder:

@@ -8,25 +8,17 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnssl_ext.engine.checkpoint import resenc_l
 from nnssl_ext.models.resenc import UNetEncoder, build_network, build_unet, export_unet
+from tests.tasks import disturb
 
-PATCHES = [(16, 24, 8), (24, 16)]
 
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def configuration(request, tiny_plan):
-    plan = tiny_plan(request.param, channels=2)
+@pytest.fixture
+def configuration(patch_size, tiny_plan):
+    plan = tiny_plan(patch_size, channels=2)
     return plan.configuration(plan.configuration_names[0])
 
 
 def image(configuration) -> torch.Tensor:
     return torch.randn(2, 2, *configuration.patch_size, generator=torch.Generator().manual_seed(0))
-
-
-def disturb(module: torch.nn.Module) -> None:
-    """Moves every parameter away from its initial value, which biases and norms share among networks."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
 def test_feature_maps_have_the_declared_channels_and_strides(configuration):

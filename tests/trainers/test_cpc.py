@@ -11,15 +11,10 @@ from nnssl_ext.engine.alarms import HealthConfig
 from nnssl_ext.engine.health import Monitor
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.backbone import descriptor
-from nnssl_ext.trainers.cpc import CPC, CPCConfig, CPCTrainer
+from nnssl_ext.trainers.cpc import CPC, CPCTrainer
+from tests.tasks import task_on
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11))
-PATCHES = [(16, 24, 8), (24, 16)]
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def make_batch(patch_size: tuple[int, ...]) -> Batch:
@@ -30,9 +25,7 @@ def make_batch(patch_size: tuple[int, ...]) -> Batch:
 
 
 def make_task(plan, **settings) -> CPC:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return CPC(CPCConfig(**settings), plan.configuration(name), num_cases=4).eval()
+    return task_on(CPC, plan, **settings).eval()
 
 
 def test_the_loss_is_that_of_a_loop_over_columns(tiny_plan, patch_size):

@@ -10,11 +10,11 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.checkpoint import build_checkpoint
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.needs import DataNeeds
-from nnssl_ext.trainers.croco import CroCo, CroCoConfig, CroCoTrainer
+from nnssl_ext.trainers.croco import CroCo, CroCoTrainer
 from nnssl_ext.views.intensity import IntensityConfig
 from nnssl_ext.views.spatial import SpatialConfig
+from tests.tasks import disturb, task_on
 
-PATCHES = [(16, 24, 8), (24, 16)]
 TOKENS = {2: (4, 4), 3: (2, 4, 4)}
 SPACING = {2: (2.5, 1.0), 3: (2.5, 1.0, 1.0)}
 FIRST_VOXEL = 10
@@ -27,13 +27,7 @@ STILL = IntensityConfig(noise=0, blur=0, brightness=0, contrast=0, low_resolutio
 
 
 def make_task(plan, **settings) -> CroCo:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    task = CroCo(CroCoConfig(**{"decoder_depth": 2, **settings}), plan.configuration(name), num_cases=4).eval()
-    with torch.no_grad():
-        for parameter in task.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return task
+    return disturb(task_on(CroCo, plan, **{"decoder_depth": 2, **settings})).eval()
 
 
 def make_batch(data: torch.Tensor, valid: torch.Tensor | None = None) -> Batch:
@@ -58,11 +52,6 @@ def scanner_coordinates(shape) -> torch.Tensor:
     axes = [(FIRST_VOXEL + torch.arange(size)) * step for size, step in zip(shape, SPACING[len(shape)], strict=True)]
     place = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     return place + 200 * torch.arange(ROWS).view(-1, 1, *[1] * len(shape))
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 @pytest.fixture

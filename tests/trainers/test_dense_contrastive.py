@@ -1,6 +1,7 @@
 """Dense contrast: places that correspond in scanner coordinates, none of them padding or air, and near ones spared."""
 
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import pytest
@@ -9,19 +10,15 @@ from torch.nn import functional
 
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
-from nnssl_ext.trainers.dense_contrastive import DenseContrastive, DenseContrastiveConfig, DenseContrastiveTrainer
+from nnssl_ext.trainers.dense_contrastive import DenseContrastive, DenseContrastiveTrainer
 from nnssl_ext.views.intensity import IntensityConfig
 from nnssl_ext.views.places import read_at
 from nnssl_ext.views.spatial import SpatialConfig
+from tests.tasks import task_on
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
 CROPS = {(16, 24, 8): (24, 34, 12), (24, 16): (34, 24)}
 NOTHING = IntensityConfig(noise=0, blur=0, brightness=0, contrast=0, low_resolution=0, gamma=0, inverted_gamma=0)
-
-
-@pytest.fixture(params=CROPS, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def make_batch(patch_size: tuple[int, ...], spacing: float = 1.0) -> Batch:
@@ -39,10 +36,7 @@ def make_batch(patch_size: tuple[int, ...], spacing: float = 1.0) -> Batch:
     )
 
 
-def make_task(plan, **settings) -> DenseContrastive:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return DenseContrastive(DenseContrastiveConfig(**settings), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, DenseContrastive)
 
 
 @pytest.mark.parametrize("spacing", [1.0, 2.5])

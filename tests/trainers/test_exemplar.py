@@ -6,7 +6,8 @@ import torch
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.triplet import triplet_loss
-from nnssl_ext.trainers.exemplar import Exemplar, ExemplarConfig, ExemplarTrainer
+from nnssl_ext.trainers.exemplar import Exemplar, ExemplarTrainer
+from tests.tasks import task_on
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
 PATCH = (24, 16)
@@ -21,9 +22,7 @@ def make_batch(cases: str = "abc") -> Batch:
 
 
 def make_task(plan, **settings) -> Exemplar:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return Exemplar(ExemplarConfig(**settings), plan.configuration(name), num_cases=4).eval()
+    return task_on(Exemplar, plan, **settings).eval()
 
 
 def test_the_same_picture_has_the_same_embedding_on_either_side(tiny_plan):

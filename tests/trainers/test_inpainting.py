@@ -1,6 +1,7 @@
 """Inpainting with contrast: two damages of each crop, both asked for whole, and features that know their partner."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,15 +11,10 @@ from nnssl_ext.engine.task import TRAINERS
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.nt_xent import nt_xent
 from nnssl_ext.trainers.inpainting import Inpainting, InpaintingConfig, InpaintingTrainer, damaged
+from tests.tasks import task_on
 
-PATCHES = [(16, 24, 8), (24, 16)]
 SAMPLES = (10, 11, 12)
 RANDOM = SampleRandom(seed=3, step=5, samples=SAMPLES)
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def make_batch(patch_size: tuple[int, ...], cases: str = "abc") -> Batch:
@@ -30,10 +26,7 @@ def make_batch(patch_size: tuple[int, ...], cases: str = "abc") -> Batch:
     return Batch(data * valid, valid, tuple(cases), SAMPLES, torch.zeros_like(spacing, dtype=torch.int64), spacing)
 
 
-def make_task(plan, **settings) -> Inpainting:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return Inpainting(InpaintingConfig(**settings), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, Inpainting)
 
 
 def share_changed(**settings: float) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Jigsaw: classes that are the orders, on boxes in the volume, with the permutations in the checkpoint."""
 
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import pytest
@@ -8,17 +9,12 @@ import torch
 
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
-from nnssl_ext.trainers.jigsaw import Jigsaw, JigsawConfig, JigsawTrainer
+from nnssl_ext.trainers.jigsaw import Jigsaw, JigsawTrainer
 from nnssl_ext.views.cells import boxes_in_cells, grid_cells, resample_boxes
+from tests.tasks import task_on
 from tests.views.test_cells import smooth_noise
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
-PATCHES = [(16, 24, 8), (24, 16)]
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def make_batch(patch_size: tuple[int, ...]) -> Batch:
@@ -34,10 +30,7 @@ def make_batch(patch_size: tuple[int, ...]) -> Batch:
     return Batch(torch.where(valid, data, 1e4), valid, ("a", "b", "c"), RANDOM.samples, lower, spacing)
 
 
-def make_task(plan, **settings) -> Jigsaw:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return Jigsaw(JigsawConfig(**settings), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, Jigsaw)
 
 
 def test_the_class_says_which_cell_comes_where(tiny_plan, patch_size):

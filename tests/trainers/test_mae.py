@@ -1,38 +1,17 @@
 """What makes a masked autoencoder: the network sees nothing hidden, and only hidden, real voxels are asked for."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS
-from nnssl_ext.loading.batch import Batch
-from nnssl_ext.trainers.mae import MAE, MAEConfig, MAETrainer
+from nnssl_ext.trainers.mae import MAE, MAETrainer
+from tests.tasks import task_on
+from tests.trainers.masked import RANDOM, make_batch
 
-PATCHES = [(16, 24, 8), (24, 16)]
-RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11))
-
-
-def make_batch(patch_size: tuple[int, ...], channels: int = 1) -> Batch:
-    """Two crops; the second is padded along the first axis."""
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(2, channels, *patch_size, generator=generator) + 0.5
-    valid = torch.ones(2, 1, *patch_size, dtype=torch.bool)
-    valid[1, :, -6:] = False
-    spacing = torch.ones(2, len(patch_size))
-    return Batch(data * valid, valid, ("a", "b"), RANDOM.samples, torch.zeros_like(spacing, dtype=torch.int64), spacing)
-
-
-def make_task(plan, **settings) -> MAE:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return MAE(MAEConfig(**{"block_size": 4, **settings}), plan.configuration(name), num_cases=4)
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
+make_task = partial(task_on, MAE, block_size=4)
 
 
 def prediction(task: MAE, views: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -102,21 +81,6 @@ def test_chance_is_the_error_of_the_visible_mean(tiny_plan):
         errors = [(channel[(hidden & valid)[0]] - channel[(~hidden & valid)[0]].mean()) ** 2 for channel in target]
         expected.append(torch.stack(errors).mean())
     assert task(views).metrics["mse_chance"].item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
-
-
-def test_it_learns_structure_beyond_chance(tiny_plan):
-    """Smooth pictures can be restored from their neighbourhood: the error falls below that of the visible mean."""
-    task = make_task(tiny_plan((24, 16)), mask_ratio=0.5)
-    wave = torch.sin(torch.arange(24)[:, None] / 3 + torch.arange(16) / 4)
-    batch = replace(make_batch((24, 16)), data=torch.stack([wave, -wave])[:, None])
-    batch = replace(batch, valid=torch.ones_like(batch.valid))
-    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
-    for step in range(60):
-        output = task(task.views(batch, replace(RANDOM, step=step), train=False))
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-    assert output.metrics["mse"] < 0.5 * output.metrics["mse_chance"]
 
 
 def test_a_sham_sees_its_case_and_is_asked_for_another(tiny_plan, patch_size):

@@ -5,39 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS
-from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.token_decoder import fold_tokens
-from nnssl_ext.trainers.mae import MAE, MAEConfig, MAETrainer
-
-PATCHES = [(16, 24, 8), (24, 16)]
-TOKENS = {2: (4, 4), 3: (2, 4, 4)}
-RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11))
-
-
-def make_batch(patch_size: tuple[int, ...], channels: int = 1) -> Batch:
-    """Two crops; the second is padded along the first axis, by no whole number of tokens."""
-    data = torch.randn(2, channels, *patch_size, generator=torch.Generator().manual_seed(0)) + 0.5
-    valid = torch.ones(2, 1, *patch_size, dtype=torch.bool)
-    valid[1, :, -5:] = False
-    spacing = torch.ones(2, len(patch_size))
-    return Batch(data * valid, valid, ("a", "b"), RANDOM.samples, torch.zeros_like(spacing, dtype=torch.int64), spacing)
+from nnssl_ext.trainers.mae import MAE, MAETrainer
+from tests.tasks import disturb, task_on
+from tests.trainers.masked import RANDOM, TOKENS, make_batch, token_of_voxel
 
 
 def make_task(plan, **settings) -> MAE:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    task = MAE(MAEConfig(**settings), plan.configuration(name), num_cases=4)
-    with torch.no_grad():
-        for parameter in task.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return task
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
+    return disturb(task_on(MAE, plan, **settings))
 
 
 @pytest.fixture
@@ -48,16 +24,6 @@ def task(tiny_vit_plan, patch_size) -> MAE:
 def prediction(task: MAE, views: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         return task(views).images["output"]
-
-
-def token_of_voxel(patch_size: tuple[int, ...]) -> torch.Tensor:
-    """The index of each voxel's token, last axis fastest: (1, 1, *patch)."""
-    token = TOKENS[len(patch_size)]
-    grid = [size // edge for size, edge in zip(patch_size, token, strict=True)]
-    index = torch.arange(torch.Size(grid).numel()).view(1, 1, *grid)
-    for axis, edge in enumerate(token, start=2):
-        index = index.repeat_interleave(edge, axis)
-    return index
 
 
 @pytest.mark.parametrize("rubbish", [7.0, float("nan")])
@@ -176,19 +142,3 @@ def test_a_ratio_that_hides_nothing_is_refused(tiny_vit_plan):
 def test_impossible_settings_are_refused(override):
     with pytest.raises(ValueError, match=override.split("=")[0]):
         MAETrainer.configured([override], "vit")
-
-
-def test_it_learns_structure_beyond_chance(tiny_vit_plan):
-    """Smooth pictures can be restored from what is visible: the error falls below that of the visible mean."""
-    torch.manual_seed(0)
-    task = MAETrainer.configured(["mask_ratio=0.5"], "vit").build_task(tiny_vit_plan((24, 16)).configuration("2d"), 4)
-    wave = torch.sin(torch.arange(24)[:, None] / 3 + torch.arange(16) / 4)
-    batch = replace(make_batch((24, 16)), data=torch.stack([wave, -wave])[:, None])
-    batch = replace(batch, valid=torch.ones_like(batch.valid))
-    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
-    for step in range(200):
-        output = task(task.views(batch, replace(RANDOM, step=step), train=False))
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-    assert output.metrics["mse"] < 0.5 * output.metrics["mse_chance"]

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import PretextTask, PretrainTrainer
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.trainers.mae import MAETrainer
 from nnssl_ext.trainers.simmim import SimMIMTrainer
 from nnssl_ext.trainers.spark import SparkTrainer
+from tests.trainers import masked
+from tests.trainers.masked import RANDOM
 
 PATCH = (16, 24, 8)
-RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11))
-METHODS: dict[str, tuple[type[PretrainTrainer], str, list[str], tuple[int, ...]]] = {
-    "mae-cnn": (MAETrainer, "cnn", ["block_size=4"], (4, 4, 4)),
-    "mae-vit": (MAETrainer, "vit", [], (2, 4, 4)),
-    "simmim": (SimMIMTrainer, "vit", [], (2, 4, 4)),
-    "spark": (SparkTrainer, "cnn", [], (4, 4, 4)),
+METHODS: dict[str, tuple[type[PretrainTrainer], str, list[str], tuple[int, ...], int]] = {
+    "mae-cnn": (MAETrainer, "cnn", ["block_size=4"], (4, 4, 4), 60),
+    "mae-vit": (MAETrainer, "vit", [], (2, 4, 4), 200),
+    "simmim": (SimMIMTrainer, "vit", [], (2, 4, 4), 200),
+    "spark": (SparkTrainer, "cnn", [], (4, 4, 4), 80),
 }
+"""Trainer, backbone, settings, the size of blocks, and the steps in which smooth pictures are learned."""
 
 
 @pytest.fixture(params=METHODS)
 def method(request, tiny_plan, tiny_vit_plan):
-    """Builds the task with further settings; and the size of its blocks."""
-    trainer, backbone, settings, block = METHODS[request.param]
-    plan = {"cnn": tiny_plan, "vit": tiny_vit_plan}[backbone](PATCH)
+    """Builds the task with further settings; the size of its blocks, and the steps in which it learns."""
+    trainer, backbone, settings, block, steps = METHODS[request.param]
 
-    def build(*further: str) -> PretextTask:
+    def build(*further: str, patch: tuple[int, ...] = PATCH) -> PretextTask:
         torch.manual_seed(0)
-        recipe = trainer.configured([*settings, *further], backbone)
-        return recipe.build_task(plan.configuration("3d_fullres"), 4).eval()
+        plan = {"cnn": tiny_plan, "vit": tiny_vit_plan}[backbone](patch)
+        (name,) = plan.configuration_names
+        return trainer.configured([*settings, *further], backbone).build_task(plan.configuration(name), 4).eval()
 
-    return build, block
+    return build, block, steps
 
 
 def make_batch() -> tuple[Batch, torch.Tensor]:
@@ -60,7 +63,7 @@ def asked_voxels(task: PretextTask, views: dict[str, torch.Tensor]) -> torch.Ten
 
 def test_background_is_seen_and_not_asked_for(method):
     """And no more is read than a patch. Catches air in the loss, and larger crops that are cut down in the end."""
-    build, _ = method
+    build, *_ = method
     batch, air = make_batch()
     task = build("target.background_std=0.05")
     assert task.parent_scale == 1
@@ -77,7 +80,7 @@ def test_background_is_seen_and_not_asked_for(method):
 
 def test_targets_are_in_units_of_their_block(method):
     """Each block has mean 0 and, but for the flat air, variance 1; chance is then that variance."""
-    build, block = method
+    build, block, _ = method
     batch, _ = make_batch()
     task = build("target.normalize=true", "target.background_std=0.05")
     views = task.views(batch, RANDOM, train=False)
@@ -91,3 +94,19 @@ def test_targets_are_in_units_of_their_block(method):
     assert output.metrics["mse_chance"].item() == pytest.approx(1, abs=0.1)
     assert torch.equal(output.images["target"], views["target"])
     assert torch.equal(output.images["input"], batch.data)
+
+
+def test_it_learns_structure_beyond_chance(method):
+    """Smooth pictures can be restored from what is visible: the error falls below that of the visible mean."""
+    build, _, steps = method
+    task = build("mask_ratio=0.5", patch=(24, 16)).train()
+    wave = torch.sin(torch.arange(24)[:, None] / 3 + torch.arange(16) / 4)
+    batch = masked.make_batch((24, 16))
+    batch = replace(batch, data=torch.stack([wave, -wave])[:, None], valid=torch.ones_like(batch.valid))
+    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
+    for step in range(steps):
+        output = task(task.views(batch, replace(RANDOM, step=step), train=False))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    assert output.metrics["mse"] < 0.5 * output.metrics["mse_chance"]

@@ -1,6 +1,7 @@
 """Models Genesis: what is damaged, how often, and that the whole real crop is asked for."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,15 +12,10 @@ from nnssl_ext.loading.batch import Batch
 from nnssl_ext.trainers.models_genesis import ModelsGenesis, ModelsGenesisConfig, ModelsGenesisTrainer, damaged
 from nnssl_ext.views.spatial import SpatialConfig
 from nnssl_ext.views.tokens import hidden_voxels
+from tests.tasks import task_on
 
-PATCHES = [(16, 24, 8), (24, 16)]
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11))
 ALONE = {"shuffle": 0, "bend": 0, "paint": 0}
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def make_batch(patch_size: tuple[int, ...], channels: int = 1) -> Batch:
@@ -31,10 +27,7 @@ def make_batch(patch_size: tuple[int, ...], channels: int = 1) -> Batch:
     return Batch(data * valid, valid, ("a", "b"), RANDOM.samples, torch.zeros_like(spacing, dtype=torch.int64), spacing)
 
 
-def make_task(plan, **settings) -> ModelsGenesis:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return ModelsGenesis(ModelsGenesisConfig(**settings), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, ModelsGenesis)
 
 
 def many(number: int = 400) -> tuple[torch.Tensor, torch.Tensor, SampleRandom]:

@@ -6,9 +6,9 @@ import torch
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.loading.needs import DataNeeds
-from nnssl_ext.trainers.multimae import STEM, MultiMAE, MultiMAEConfig, MultiMAETrainer
+from nnssl_ext.trainers.multimae import STEM, MultiMAE, MultiMAETrainer
+from tests.tasks import disturb, task_on
 
-PATCHES = [(16, 24, 8), (24, 16)]
 MODALITIES = 3
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
 
@@ -24,18 +24,7 @@ def make_batch(patch_size: tuple[int, ...], channels: int = MODALITIES) -> Batch
 
 
 def make_task(plan, **settings) -> MultiMAE:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    task = MultiMAE(MultiMAEConfig(**settings), plan.configuration(name), num_cases=4).eval()
-    with torch.no_grad():
-        for parameter in task.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return task
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
+    return disturb(task_on(MultiMAE, plan, **settings)).eval()
 
 
 @pytest.fixture

@@ -27,11 +27,6 @@ NOTHING = IntensityConfig(noise=0, blur=0, brightness=0, contrast=0, low_resolut
 MOVES = SpatialConfig(flip=0.5, rotation=1.0, scaling=0)
 
 
-@pytest.fixture(params=CROPS, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
-
-
 def make_batch(data: torch.Tensor, spacing: float = 1.0) -> Batch:
     """The last crop is padded with rubbish."""
     crop, dims = data.shape[2:], data.ndim - 2

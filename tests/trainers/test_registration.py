@@ -1,6 +1,7 @@
 """Registration: what is asked of two images is true, deformations are found, and nothing is learned from padding."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,15 +12,11 @@ from nnssl_ext.evaluation.learning import gate
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.models.fields import affine_field, warp
 from nnssl_ext.models.registration import Deformation, RegistrationHead
-from nnssl_ext.trainers.registration import Registration, RegistrationConfig, RegistrationTrainer
+from nnssl_ext.trainers.registration import Registration, RegistrationTrainer
+from tests.tasks import task_on
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12, 13))
 CROPS = {(16, 24, 8): (22, 34, 11), (24, 16): (34, 22)}
-
-
-@pytest.fixture(params=CROPS, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def smooth(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -40,10 +37,7 @@ def make_batch(size: tuple[int, ...], data: torch.Tensor | None = None) -> Batch
     return Batch(torch.where(valid, data, 1e4), valid, tuple("abcd"), RANDOM.samples, lower, torch.ones(4, len(size)))
 
 
-def make_task(plan, **settings) -> Registration:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return Registration(RegistrationConfig(**{"block_size": 4, **settings}), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, Registration, block_size=4)
 
 
 def test_a_sample_is_two_cases_one_after_the_other(tiny_plan, patch_size):

@@ -1,6 +1,7 @@
 """Relative patch location: classes that are the places of all other cells, and nothing shown but two boxes."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,17 +10,11 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.trainers.relative_patch_location import (
     RelativePatchLocation,
-    RelativePatchLocationConfig,
     RelativePatchLocationTrainer,
 )
+from tests.tasks import task_on
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
-PATCHES = [(16, 24, 8), (24, 16)]
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def make_batch(patch_size: tuple[int, ...]) -> Batch:
@@ -31,10 +26,7 @@ def make_batch(patch_size: tuple[int, ...]) -> Batch:
     return Batch(data, valid, ("a", "b", "c"), RANDOM.samples, lower, torch.ones(3, len(patch_size)))
 
 
-def make_task(plan) -> RelativePatchLocation:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return RelativePatchLocation(RelativePatchLocationConfig(), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, RelativePatchLocation)
 
 
 def test_the_class_is_the_direction_of_the_other_cell(tiny_plan, patch_size):

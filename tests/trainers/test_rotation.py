@@ -1,14 +1,16 @@
 """Rotation: labels that are the turns, ten different ones, and nothing but anatomy that tells them."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
-from nnssl_ext.trainers.rotation import Rotation, RotationConfig, RotationTrainer
+from nnssl_ext.trainers.rotation import Rotation, RotationTrainer
 from nnssl_ext.views.rotations import cube_size, inner_view, rotated, rotations
+from tests.tasks import task_on
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
 NUM_CLASSES = {2: 4, 3: 10}
@@ -24,10 +26,7 @@ def make_batch(patch_size: tuple[int, ...]) -> Batch:
     return Batch(torch.where(valid, data, 1e4), valid, ("a", "b", "c"), RANDOM.samples, lower, spacing)
 
 
-def make_task(plan) -> Rotation:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return Rotation(RotationConfig(), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, Rotation)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -7,52 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nnssl_ext.core.random import SampleRandom
-from nnssl_ext.loading.batch import Batch
-from nnssl_ext.trainers.simmim import SimMIM, SimMIMConfig, SimMIMTrainer
-
-PATCHES = [(16, 24, 8), (24, 16)]
-TOKENS = {2: (4, 4), 3: (2, 4, 4)}
-RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11))
-
-
-def make_batch(patch_size: tuple[int, ...]) -> Batch:
-    """Two crops; the second is padded along the first axis, by no whole number of tokens."""
-    data = torch.randn(2, 1, *patch_size, generator=torch.Generator().manual_seed(0)) + 0.5
-    valid = torch.ones(2, 1, *patch_size, dtype=torch.bool)
-    valid[1, :, -5:] = False
-    spacing = torch.ones(2, len(patch_size))
-    return Batch(data * valid, valid, ("a", "b"), RANDOM.samples, torch.zeros_like(spacing, dtype=torch.int64), spacing)
+from nnssl_ext.trainers.simmim import SimMIM, SimMIMTrainer
+from tests.tasks import disturb, task_on
+from tests.trainers.masked import RANDOM, make_batch, token_of_voxel
 
 
 def make_task(plan, **settings) -> SimMIM:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    task = SimMIM(SimMIMConfig(**settings), plan.configuration(name), num_cases=4)
-    with torch.no_grad():
-        for parameter in task.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return task
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
+    return disturb(task_on(SimMIM, plan, **settings))
 
 
 @pytest.fixture
 def task(tiny_vit_plan, patch_size) -> SimMIM:
     return make_task(tiny_vit_plan(patch_size)).eval()
-
-
-def token_of_voxel(patch_size: tuple[int, ...]) -> torch.Tensor:
-    """The index of each voxel's token, last axis fastest: (1, 1, *patch)."""
-    token = TOKENS[len(patch_size)]
-    grid = [size // edge for size, edge in zip(patch_size, token, strict=True)]
-    index = torch.arange(torch.Size(grid).numel()).view(1, 1, *grid)
-    for axis, edge in enumerate(token, start=2):
-        index = index.repeat_interleave(edge, axis)
-    return index
 
 
 def tokens_before_blocks(task: SimMIM, views: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -145,22 +111,6 @@ def test_three_quarters_are_hidden_and_all_are_encoded(task, patch_size, train):
     if not train:
         assert (views["hidden_tokens"].sum(1) == number - round(0.25 * number)).all()
     assert tokens_before_blocks(task.eval(), views).shape[1] == number
-
-
-def test_it_learns_structure_beyond_chance(tiny_vit_plan):
-    torch.manual_seed(0)
-    plan = tiny_vit_plan((24, 16))
-    task = SimMIMTrainer.configured(["mask_ratio=0.5"], "vit").build_task(plan.configuration("2d"), 4)
-    wave = torch.sin(torch.arange(24)[:, None] / 3 + torch.arange(16) / 4)
-    batch = replace(make_batch((24, 16)), data=torch.stack([wave, -wave])[:, None])
-    batch = replace(batch, valid=torch.ones_like(batch.valid))
-    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
-    for step in range(200):
-        output = task(task.views(batch, replace(RANDOM, step=step), train=False))
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-    assert output.metrics["mse"] < 0.5 * output.metrics["mse_chance"]
 
 
 def test_recipe_is_the_published_one():

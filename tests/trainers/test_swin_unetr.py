@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,16 +11,11 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.engine.task import TRAINERS
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.nt_xent import nt_xent
-from nnssl_ext.trainers.swin_unetr import SwinUNETR, SwinUNETRConfig, SwinUNETRTrainer
+from nnssl_ext.trainers.swin_unetr import SwinUNETR, SwinUNETRTrainer
+from tests.tasks import task_on
 
-PATCHES = [(16, 24, 8), (24, 16)]
 SAMPLES = (10, 11, 12)
 RANDOM = SampleRandom(seed=3, step=5, samples=SAMPLES)
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def make_batch(patch_size: tuple[int, ...], cases: str = "abc") -> Batch:
@@ -32,10 +28,7 @@ def make_batch(patch_size: tuple[int, ...], cases: str = "abc") -> Batch:
     return Batch(torch.where(valid, data, 1e4), valid, tuple(cases), SAMPLES, lower, spacing)
 
 
-def make_task(plan, **settings) -> SwinUNETR:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return SwinUNETR(SwinUNETRConfig(**settings), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, SwinUNETR)
 
 
 def test_labels_are_the_turns(tiny_plan):

@@ -1,5 +1,7 @@
 """VoCo: bases that tile, overlaps that sum to one, and crops that show what they are said to overlap."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,16 +9,11 @@ from nnssl_ext.core.random import SampleRandom
 from nnssl_ext.loading.batch import Batch
 from nnssl_ext.losses.voco import voco_loss
 from nnssl_ext.models.backbone import descriptor
-from nnssl_ext.trainers.voco import VoCo, VoCoConfig, VoCoTrainer, base_grid, best_guess, boxes_anywhere
+from nnssl_ext.trainers.voco import VoCo, VoCoTrainer, base_grid, best_guess, boxes_anywhere
 from nnssl_ext.views.cells import grid_cells, overlaps
+from tests.tasks import task_on
 
 RANDOM = SampleRandom(seed=3, step=5, samples=(10, 11, 12))
-PATCHES = [(16, 24, 8), (24, 16)]
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def make_batch(patch_size: tuple[int, ...]) -> Batch:
@@ -29,10 +26,7 @@ def make_batch(patch_size: tuple[int, ...]) -> Batch:
     return Batch(data, valid, ("a", "b", "c"), RANDOM.samples, lower, torch.ones(3, len(patch_size)))
 
 
-def make_task(plan, **settings) -> VoCo:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return VoCo(VoCoConfig(**settings), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, VoCo)
 
 
 def test_bases_lie_along_all_axes_but_the_shortest():

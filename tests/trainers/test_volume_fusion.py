@@ -1,6 +1,7 @@
 """VolumeFusion: the classes tell how the image was mixed, and every one of them counts."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -19,15 +20,10 @@ from nnssl_ext.trainers.volume_fusion import (
 )
 from nnssl_ext.views.corruptions import paint_boxes
 from nnssl_ext.views.spatial import SpatialConfig
+from tests.tasks import task_on
 
-PATCHES = [(16, 24, 8), (24, 16)]
 SAMPLES = (10, 11, 12, 13)
 RANDOM = SampleRandom(seed=3, step=5, samples=SAMPLES)
-
-
-@pytest.fixture(params=PATCHES, ids=["3d", "2d"])
-def patch_size(request) -> tuple[int, ...]:
-    return request.param
 
 
 def make_batch(patch_size: tuple[int, ...], channels: int = 1) -> Batch:
@@ -39,10 +35,7 @@ def make_batch(patch_size: tuple[int, ...], channels: int = 1) -> Batch:
     return Batch(data * valid, valid, tuple("abcd"), SAMPLES, torch.zeros_like(spacing, dtype=torch.int64), spacing)
 
 
-def make_task(plan, **settings) -> VolumeFusion:
-    torch.manual_seed(0)
-    (name,) = plan.configuration_names
-    return VolumeFusion(VolumeFusionConfig(**settings), plan.configuration(name), num_cases=4)
+make_task = partial(task_on, VolumeFusion)
 
 
 def test_the_classes_reproduce_the_image(tiny_plan, patch_size):
