@@ -22,6 +22,7 @@ from nnssl_ext.evaluation.arms import PlannedArm
 from nnssl_ext.evaluation.records import NumTrain
 from nnssl_ext.evaluation.scoring import is_finished
 from nnssl_ext.finetuning.config import PLANS_KEY, differing_settings
+from nnssl_ext.finetuning.nnunet_plans import shared_patients
 from nnssl_ext.finetuning.sources import read_sources
 
 SPLITS_FILE = "splits_final.json"
@@ -63,7 +64,7 @@ def sizes_from_fractions(fractions: Sequence[float], splits: Sequence[Split]) ->
             raise ValueError(
                 f"fraction {share:g} is not allowed; it lies above 0 and is at most 1 (all training cases)"
             )
-    counts = [math.ceil(share * smallest) for share in fractions]
+    counts = [math.ceil(share * smallest - 1e-9) for share in fractions]  # .07 * 100 is a little more than 7
     for first, second in itertools.combinations(range(len(counts)), 2):
         if counts[first] == counts[second]:
             raise ValueError(
@@ -110,6 +111,19 @@ def check_sizes(num_train: Sequence[NumTrain], splits: Sequence[Split]) -> None:
                 f"--num_train {size} is not possible: the smallest of these folds has {smallest} training cases. "
                 f"Give 1 to {smallest - 1}, or all"
             )
+
+
+def warn_of_patients(splits: Mapping[int, Split], subject_of: Mapping[str, str]) -> list[str]:
+    """A warning where folds train and validate on images of the same patients."""
+    both = {number: shared_patients(split, subject_of) for number, split in splits.items()}
+    shared = {number: patients for number, patients in both.items() if patients}
+    if not shared:
+        return []
+    patients = sorted(set().union(*shared.values()))
+    return [
+        f"Folds {', '.join(map(str, shared))} train and validate on images of the same {len(patients)} patients, such "
+        f"as {patients[0]}: all results there are too good. Make folds by patient: remove {SPLITS_FILE} and plan again."
+    ]
 
 
 def subsets_of_folds(

@@ -13,12 +13,13 @@ from nnssl_ext.dataset.integrity import content_hash
 from nnssl_ext.dataset.manifest import Manifest
 from nnssl_ext.dataset.splits import Split
 from nnssl_ext.evaluation import analysis
+from nnssl_ext.evaluation.folds import sizes_from_fractions
 from nnssl_ext.evaluation.preparation import EvaluationSettings, prepare
 from nnssl_ext.evaluation.records import MEAN_CLASS, load_evaluation
 from nnssl_ext.evaluation.run import evaluate
 from nnssl_ext.finetuning.config import PLANS_KEY
-from nnssl_ext.finetuning.weights import FRESH_KEY, weights_file_hash
 from nnssl_ext.finetuning.sources import source_hashes, write_sources
+from nnssl_ext.finetuning.weights import FRESH_KEY, weights_file_hash
 from nnssl_ext.imageio import read_segmentation, write_image, write_segmentation
 from tests.evaluation import fakes
 
@@ -170,9 +171,26 @@ def test_hashes_are_kept_until_an_image_changes(world: SimpleNamespace) -> None:
 
 
 def test_a_checkpoint_without_hashes_gives_a_warning(world: SimpleNamespace) -> None:
-    fakes.make_plans(world.root, "ptPlans__mae", pretrained_weights="w.pth")
-    evaluation, _ = run(SETTINGS)
+    """Catches a report on a leak that nobody looked for, and a second seed whose checkpoint is not asked."""
+    make_seeded(world.root)
+    assert prepare(replace(FULL, plans=SEEDED), InlineExecutor()).arms[0].images_known
+    fakes.make_plans(world.root, "ptPlans__mae__p1", pretrained_weights="w.pth", seed=1)
+    evaluation, _ = run(replace(FULL, plans=SEEDED, num_train=("all",), folds=(0,)))
     assert any("does not say which images it was pretrained on" in warning for warning in evaluation.warnings)
+    assert not evaluation.arm("ptPlans__mae").images_known
+
+
+def test_patients_on_both_sides_of_a_fold_are_said_openly(
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches folds by case that the report calls honest."""
+    split = fakes.splits()[1]
+    patients = {case: case for case in fakes.CASES} | {split.train[0]: "Ann", split.val[0]: "Ann"}
+    both = [n for n, s in enumerate(fakes.splits()) if (split.train[0] in s.val) != (split.val[0] in s.val)]
+    monkeypatch.setattr(Manifest, "subjects", lambda _: patients)
+    (warning,) = (text for text in prepare(SETTINGS, InlineExecutor()).warnings if "patients" in text)
+    assert warning.startswith(f"Folds {', '.join(map(str, both))} train and validate on images of the same 1 patients")
+    assert "such as Ann:" in warning
 
 
 def test_cases_that_were_not_planned_are_found_out(world: SimpleNamespace) -> None:
@@ -245,7 +263,6 @@ def test_results_of_other_weights_are_not_counted_as_results_of_these(world: Sim
         run()
 
 
-def test_a_setting_that_the_results_do_not_name_has_its_default(world: SimpleNamespace) -> None:
 def test_images_and_labels_that_have_changed_are_refused(world: SimpleNamespace) -> None:
     """Catches folds that are trained on old labels, and old folds beside new ones, all scored against new labels."""
     preprocessed = world.mae.parent
@@ -262,6 +279,7 @@ def test_images_and_labels_that_have_changed_are_refused(world: SimpleNamespace)
         run()
 
 
+def test_a_setting_that_the_results_do_not_name_has_its_default(world: SimpleNamespace) -> None:
     run(SETTINGS)
     used = world.results / "SSLFinetuneTrainer__ptPlans__mae__3d_fullres" / "plans.json"
     plans = read_json(used)
@@ -272,26 +290,42 @@ def test_images_and_labels_that_have_changed_are_refused(world: SimpleNamespace)
     assert recorder.keys == []
 
 
-def test_scores_are_made_again_when_a_prediction_changes(world: SimpleNamespace) -> None:
+def test_scores_are_made_again_when_a_prediction_or_the_metrics_change(world: SimpleNamespace) -> None:
+    """Catches kept scores of a former convention beside scores of this one."""
     before, _ = run(SETTINGS)
     case = fakes.splits()[0].val[0]
     fold = world.results / "SSLFinetuneTrainer__ptPlans__scratch__3d_fullres" / "fold_0" / "validation"
     (fold / f"{case}.nii.gz").write_bytes(
         (world.root / "raw" / fakes.DATASET / "labelsTr" / f"{case}.nii.gz").read_bytes()
     )
-    after, _ = run(SETTINGS)
+    after, folder = run(SETTINGS)
     scores = [next(c for c in e.cases if (c.arm, c.case) == ("ptPlans__scratch", case)) for e in (before, after)]
     assert scores[0].classes["inner"].dice < 1
     assert scores[1].classes["inner"].dice == 1
+    for cache in (folder / "scores").iterdir():  # as if kept by a version that counts otherwise
+        kept = read_json(cache)
+        kept["stamp"]["metrics"] -= 1
+        for classes in kept["scores"].values():
+            classes["inner"]["dice"] = 0.0
+        write_json(cache, kept)
+    again, _ = run(SETTINGS)
+    assert again.cases == after.cases
+    assert again.absent == {"inner": 0, "outer": 0}
 
 
 def test_plain_nnunet_joins_at_all_cases_without_a_seed(world: SimpleNamespace) -> None:
+    """Catches 1000 epochs with mirroring that stand beside 20 without, and nobody says so."""
     fakes.make_plans(world.root, "nnUNetPlans", plain=True)
     evaluation, _ = run(replace(FULL, plans=("ptPlans__mae", "ptPlans__scratch", "nnUNetPlans")))
     plain = [r for r in evaluation.runs if r.arm == "nnUNetPlans"]
     assert {(r.num_train, r.seed) for r in plain} == {("all", None)}
     assert Path(plain[0].folder).parent.name == "nnUNetTrainer__nnUNetPlans__3d_fullres"
     assert evaluation.arm("nnUNetPlans").role == "plain"
+    (warning,) = (text for text in evaluation.warnings if text.startswith("nnUNetPlans and scratch differ in "))
+    assert "training (nnUNetTrainer's own, by default 1000 epochs of 250 steps, beside 20 epochs of 5 steps)" in warning
+    assert "mirroring in validation" in warning
+    asked = replace(SETTINGS, plans=("ptPlans__mae", "nnUNetPlans"), reference="nnUNetPlans")
+    assert any("mae and nnUNetPlans differ" in text for text in prepare(asked, InlineExecutor()).warnings)
     assert evaluation.comparison("nnUNetPlans", "all", "dice").num_pairs == len(fakes.CASES)
     assert evaluation.comparison("nnUNetPlans", 3, "dice") is None
     stored = json.loads((world.root / "preprocessed" / fakes.DATASET / "splits_final.json").read_text())
@@ -309,6 +343,8 @@ def test_plain_nnunet_with_other_folds_is_refused(world: SimpleNamespace) -> Non
 def test_fractions_count_from_the_smallest_fold(world: SimpleNamespace) -> None:
     prepared = prepare(replace(SETTINGS, fractions=(0.3, 1.0)), InlineExecutor())
     assert prepared.num_train == (2, "all")  # .3 of 6, rounded up
+    hundred = Split(train=tuple(f"case_{n}" for n in range(100)), val=())
+    assert sizes_from_fractions([0.07], [hundred]) == [7]  # catches the noise of .07 * 100 being rounded up
 
 
 @pytest.mark.parametrize(
