@@ -20,7 +20,7 @@ from nnssl_ext.evaluation.verdict import HEADLINE_METRIC, SIGNIFICANCE, listed, 
 CONDITIONS = (
     "Intervals and probabilities of ranks resample seeds (each a pretraining and its fine-tunings) and patients, the "
     "same draws for all arms. They are conditional on this data, this budget and these settings; with two or three "
-    "seeds they are rather too narrow, so to count as decided a difference also has to exceed what the luck of the "
+    "seeds they are too narrow, so to count as decided a difference also has to exceed what the luck of the "
     "seeds could make: half of Student's interval over seeds, and Tukey's honest difference over all pairs.",
     "Wilcoxon's test, and Friedman's test with Nemenyi's critical difference over patients, are conditional on the "
     "networks that were trained: they say nothing about what another seed would give.",

@@ -21,6 +21,8 @@ Array = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 10_000
+FEW_TRAININGS = 5
+"""Under so many, bootstrap intervals are clearly too narrow."""
 _RESAMPLES_AT_ONCE = 500
 
 
@@ -123,6 +125,25 @@ def percentiles(means: Array, confidence: float = CONFIDENCE) -> Interval:
     tail = (1 - confidence) / 2
     low, high = np.quantile(means[np.isfinite(means)], [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def coverage_note(num_seeds: int, num_folds: int = 1) -> str:
+    """What a caption has to say of bootstrap intervals over so few trainings; empty where they are enough.
+
+    The shares come from simulations of differences whose luck is that of the seeds (docs/comparison.md).
+
+    Args:
+        num_seeds: 1 or more.
+        num_folds: Folds whose networks share nothing; 1 where a seed's pretraining serves all folds.
+    """
+    if num_seeds == 1:
+        return "With one seed the intervals hold the choice of patients alone, not the luck of a training."
+    if num_seeds * num_folds >= FEW_TRAININGS:
+        return ""
+    return (
+        "Over so few trainings the intervals are too narrow: those of differences hold the truth in about 80% of the "
+        "trials with three seeds, 70% with two."
+    )
 
 
 def bootstrap_means(

@@ -17,6 +17,7 @@ from nnssl_ext.evaluation.comparison_records import (
 )
 from nnssl_ext.evaluation.learning import Difference
 from nnssl_ext.evaluation.records import Evaluation, NumTrain
+from nnssl_ext.evaluation.statistics import coverage_note
 from nnssl_ext.evaluation.verdict import still_rising, unfair_to
 from nnssl_ext.reports import comparison_figures as figures
 from nnssl_ext.reports.page import fill
@@ -82,6 +83,7 @@ def context(comparison: MethodComparison, evaluation: Evaluation) -> dict[str, A
         "commands": [(row.label, row.commands) for row in comparison.methods if row.commands],
         "num_cases": max(ranking.num_cases for ranking in comparison.rankings),
         "p_text": p_text,
+        "coverage": coverage_note(len(comparison.seeds)),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from nnssl_ext.core.records import write_text
 from nnssl_ext.evaluation.metrics import METRICS
 from nnssl_ext.evaluation.records import MEAN_CLASS, REPORT_FILE, Evaluation, NumTrain
+from nnssl_ext.evaluation.statistics import coverage_note
 from nnssl_ext.reports import figures, overlays, tables
 from nnssl_ext.reports.pretraining import Pretraining, read_pretraining
 from nnssl_ext.reports.style import CLASS_COLOURS, Picture, arm_colours
@@ -71,6 +72,7 @@ def context(evaluation: Evaluation) -> dict[str, Any]:
     """Everything that the template shows."""
     pictured_size = evaluation.num_train[0]
     gap = overlays.missing_files(evaluation, pictured_size)
+    shared = any(arm.pretrained_per_seed for arm in evaluation.arms)
     return {
         "e": evaluation,
         "title": f"{evaluation.dataset}: {' vs '.join(arm.label for arm in evaluation.arms)}",
@@ -97,6 +99,7 @@ def context(evaluation: Evaluation) -> dict[str, Any]:
         "num_cases": len({row.case for row in evaluation.cases}),
         "train_sizes": tables.train_sizes(evaluation),
         "mean_class": MEAN_CLASS,
+        "coverage": coverage_note(len(evaluation.seeds), 1 if shared else len(evaluation.folds)),
     }
 
 

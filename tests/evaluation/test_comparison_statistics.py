@@ -94,19 +94,20 @@ def test_bootstrap_means_as_drawn_one_by_one() -> None:
             assert found[resample, arm] == pytest.approx(np.average(values, weights=weights))
 
 
-def simulate(num_seeds: int, trial: int, num_cases: int = 20, effect: float = 0.0) -> np.ndarray:
-    """Differences (seeds, cases): luck of a seed .02, of a case .05, of both .02, as measured on small data."""
+def simulate(num_seeds: int, trial: int, num_cases: int = 20) -> np.ndarray:
+    """Differences (seeds, cases) of two arms that do not differ: of each .02 over seeds, .02 of seeds and cases."""
     random = generator("coverage", num_seeds, trial)
-    seeds, cases = random.normal(0, 0.02, (num_seeds, 1)), random.normal(0, 0.05, (1, num_cases))
-    return effect + seeds + cases + random.normal(0, 0.02, (num_seeds, num_cases))
+    luck, noise = random.normal(0, 0.02, (2, num_seeds, 1)), random.normal(0, 0.02, (2, num_seeds, num_cases))
+    return np.subtract(*(luck + noise))
 
 
-@pytest.mark.parametrize(("num_seeds", "lowest", "highest"), [(3, 0.85, 0.96), (10, 0.88, 0.98)])
+@pytest.mark.parametrize(("num_seeds", "lowest", "highest"), [(3, 0.72, 0.86), (10, 0.86, 0.98)])
 def test_coverage_of_the_interval_over_seeds_and_cases(num_seeds: int, lowest: float, highest: float) -> None:
-    """The interval holds the truth about as often as it says with ten seeds, and too seldom with three.
+    """The interval holds the truth about as often as it says with ten seeds; with three in 80%, and captions say so.
 
-    Fails where seeds are not drawn (coverage .78) or where cases are not.
+    Fails where seeds are not drawn.
     """
+    assert ("too narrow" in statistics.coverage_note(num_seeds)) is (highest < 0.9)
     held = []
     for trial in range(200):
         means = statistics.bootstrap_means(simulate(num_seeds, trial)[None], [0] * 20, generator("x", trial), 400)[:, 0]

@@ -89,6 +89,13 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert disagreeing.high - disagreeing.low > 3 * (agreeing.high - agreeing.low)
 
 
+def test_captions_say_what_few_trainings_leave_out() -> None:
+    """Catches two seeds in two folds taken for enough, and one seed whose interval seems to hold its luck."""
+    assert "not the luck of a training" in statistics.coverage_note(1, 5)
+    assert "about 80% of the trials with three" in statistics.coverage_note(2, 2)
+    assert statistics.coverage_note(3, 2) == ""
+
+
 def test_the_interval_of_one_case_is_unknown() -> None:
     assert statistics.bootstrap_interval(np.array([[0.5, np.nan]]), [0, 0], random()) is None
 

@@ -26,6 +26,7 @@ def test_the_page_holds_everything_and_nothing_from_outside(comparison, tmp_path
     assert not re.search(r'(src|href)="http', text)
     assert comparison.headline in text
     assert "scratch was still rising" in text
+    assert text.count("those of differences hold the truth in about 80%") == 2  # beneath scores and pairs
     assert "A sign test over 3 seeds cannot give a p under 0.25" in text
     for condition in comparison.conditions:
         assert condition.split("'")[0] in text

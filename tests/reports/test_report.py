@@ -115,6 +115,7 @@ def test_the_report_holds_every_number_of_the_tables(world: tuple[Evaluation, Pa
     for part in (*evaluation.versions.values(), *evaluation.warnings, "nnssl_evaluate <&>", "inner", "nnUNetPlans"):
         assert part in text
     assert "its pretraining run is not on this machine" in text
+    assert "share no image" in text
 
 
 def test_names_are_escaped_gaps_are_named_and_pretraining_is_shown(evaluation: Evaluation, tmp_path: Path) -> None:
@@ -128,7 +129,8 @@ def test_names_are_escaped_gaps_are_named_and_pretraining_is_shown(evaluation: E
     (run / "interventions.jsonl").write_text(json.dumps({"step": 2, "resumed_at": 1, **acted}) + "\n")
     for epoch in (1, 3):
         Figure(figsize=(1, 1)).savefig(run / "reconstructions" / f"epoch_{epoch:04d}.png")
-    arms = tuple(replace(arm, pretraining_run=str(run)) if arm.pretrained else arm for arm in evaluation.arms)
+    unknown = {"pretraining_run": str(run), "images_known": False}
+    arms = tuple(replace(arm, **unknown) if arm.pretrained else arm for arm in evaluation.arms)
     html = render(replace(evaluation, arms=arms, dataset="<script>alert(1)</script>", warnings=("<b>bold</b>",)))
     page = Page(html)
     assert "<script>" not in html
@@ -136,6 +138,8 @@ def test_names_are_escaped_gaps_are_named_and_pretraining_is_shown(evaluation: E
     assert "No pictures. The raw images are not here" in page.text
     assert "MAETrainer__nnsslPlans__3d_fullres" in page.text
     assert "3 epochs of pretraining" in page.text
+    assert "among the images that mae learned from is not known. No" in page.text
+    assert "share no image" not in page.text
     assert "Step 2: rank <1. Intervened: back to step 1." in page.text
     assert len(page.images) == 5 + 3  # without cases; with curves and two reconstructions
 
@@ -177,6 +181,7 @@ def test_one_fold_one_seed_one_class_still_make_a_report(evaluation: Evaluation)
         seeds=(0,),
         num_train=("all",),
         classes={"inner": (1,)},
+        absent={"inner": 2},
         cases=tuple(scores),
         runs=tuple(r for r in evaluation.runs if r.fold == 0 and r.seed in (0, None) and r.num_train == "all"),
         summaries=summaries,
@@ -187,6 +192,8 @@ def test_one_fold_one_seed_one_class_still_make_a_report(evaluation: Evaluation)
     text = Page(render(small)).text
     assert "One seed stands behind this" in text
     assert "in 1 fold," in text
+    assert "inner in 2 cases." in text  # whose reference lacks it
+    assert "hold the choice of patients alone" in text
     assert "Spread over folds" not in text
 
 
