@@ -74,12 +74,16 @@ class _Table:
         evaluation: Evaluation,
     ) -> None:
         self.planned, self.runs, self.costs = planned, runs, costs
-        self.num_methods = sum(not method.sham for method in planned.methods)
         self.arms = {arm.label: arm.name for arm in evaluation.arms}
         self.probes = {key.rpartition("-")[0]: task.target for key, task in probes.items()}
 
     def rows(self) -> list[MethodResult]:
         """Without pretraining first, then the methods, then their sham runs."""
+        own = [method for method in self.planned.methods if not method.sham]
+        self.luck = {
+            control: learning.luck((self._own(method), scores(method)) for method in own)
+            for control, scores in (("sham", self._of_sham), ("random", self._random))
+        }
         return [self._scratch(*pair) for pair in self.planned.networks.items()] + [
             self._method(method) for method in self.planned.methods
         ]
@@ -94,6 +98,14 @@ class _Table:
 
     def _random(self, method: Method) -> dict[int, Array]:
         return self._dice({seed: random_key(method, seed) for seed in self.planned.settings.seeds})
+
+    def _own(self, method: Method) -> dict[int, Array]:
+        return self._dice({job.seed: job.key for job in self._runs_of(method)})
+
+    def _of_sham(self, method: Method) -> dict[int, Array]:
+        """Of a method's sham run; nothing for one that is a sham run itself, or has none."""
+        controls = (m for m in self.planned.methods if m.sham and not method.sham and m.trainer == method.trainer)
+        return next((self._own(control) for control in controls), {})
 
     def _runs_of(self, method: Method) -> list[Job]:
         return [job for job in self.runs if job.method == method]
@@ -121,11 +133,10 @@ class _Table:
 
     def _method(self, method: Method) -> MethodResult:
         mine = self._runs_of(method)
-        dice = self._dice({job.seed: job.key for job in mine})
+        dice = self._own(method)
         control = next((m for m in self.planned.methods if m.sham and m.trainer == method.trainer), None)
         blind = self._runs_of(control) if control is not None and not method.sham else []
-        of_sham = self._dice({job.seed: job.key for job in blind})
-        over_sham = learning.compare(dice, of_sham, f"{method.label} sham", self.num_methods)
+        over_sham = learning.compare(dice, self._of_sham(method), f"{method.label} sham", self.luck["sham"])
         gate, pretext = learning.gate([_pretext(job) for job in mine], [_pretext(job) for job in blind])
         cost = self.costs[method.code]
         task = mine[0].task
@@ -151,7 +162,7 @@ class _Table:
             gate=gate,
             pretext=pretext,
             probe=_means(dice),
-            over_random=learning.compare(dice, self._random(method), f"{method.label} random", self.num_methods),
+            over_random=learning.compare(dice, self._random(method), f"{method.label} random", self.luck["random"]),
             over_sham=over_sham,
             verdict="-" if method.sham else learning.verdict(over_sham, gate),
             commands=commands,

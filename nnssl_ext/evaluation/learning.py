@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,36 @@ class Difference:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]{'' if self.decided else '?'}"
 
 
+@dataclass(frozen=True)
+class Luck:
+    """How far the seeds of a difference scatter, pooled over the methods of a table."""
+
+    variance: float = 0.0
+    """Between the seeds of one method."""
+    freedom: int = 1
+    """Degrees of freedom, 1 or more."""
+    num_methods: int = 1
+    """Rows of the table, by which the level of what decides is divided (Bonferroni)."""
+
+    def limit(self, num_seeds: int) -> float:
+        """Size of difference that it could make in any row."""
+        from scipy.stats import t
+
+        return float(t.ppf(1 - (1 - CONFIDENCE) / (2 * self.num_methods), self.freedom)) * sqrt(
+            self.variance / num_seeds
+        )
+
+
+def luck(pairs: Iterable[tuple[Mapping[int, Array], Mapping[int, Array]]]) -> Luck:
+    """The luck of the seeds in a table, from the scores of each method and its reference, as `compare` takes them."""
+    means = [np.array([np.nanmean(arm[s] - other[s]) for s in set(arm) & set(other)]) for arm, other in pairs]
+    freedom = sum(max(len(values) - 1, 0) for values in means)
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in means if len(values))
+    return Luck(squares / max(freedom, 1), max(freedom, 1), max(len(means), 1))
+
+
 def compare(
-    arm: Mapping[int, Array], reference: Mapping[int, Array], name: str, num_methods: int = 1
+    arm: Mapping[int, Array], reference: Mapping[int, Array], name: str, of_table: Luck = Luck()
 ) -> Difference | None:
     """Arm minus reference over the seeds that both have; None without one, or with a single patient.
 
@@ -79,7 +108,8 @@ def compare(
         arm: Score of each patient, by seed.
         reference: The same.
         name: Of the comparison; its draws depend on it.
-        num_methods: Rows of the table, by which the level of what decides is divided (Bonferroni).
+        of_table: The luck of the seeds in all rows of the table. A difference has to exceed it as well as that of its
+            own few seeds, which may be alike by chance.
     """
     seeds = sorted(set(arm) & set(reference))
     if not seeds:
@@ -88,15 +118,16 @@ def compare(
     folds = [0] * differences.shape[1]
     interval, strict = (
         bootstrap_interval(differences, folds, generator("learning", name), confidence=1 - (1 - CONFIDENCE) / number)
-        for number in (1, num_methods)
+        for number in (1, of_table.num_methods)
     )
     if interval is None or strict is None:
         return None
+    own = undecidable_below(differences, folds)
     return Difference(
         mean=float(np.nanmean(mean_over_seeds(differences))),
         low=interval.low,
         high=interval.high,
-        undecidable_below=undecidable_below(differences, folds, num_methods),
+        undecidable_below=None if own is None else max(own, of_table.limit(len(seeds))),
         num_seeds=len(seeds),
         excludes_zero=strict.excludes_zero(),
     )

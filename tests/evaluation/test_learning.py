@@ -14,6 +14,7 @@ from nnssl_ext.evaluation.learning import (
     case_dice,
     compare,
     gate,
+    luck,
     pretext_metrics,
     verdict,
 )
@@ -52,13 +53,20 @@ def test_luck_of_seeds_makes_a_difference_undecided():
 
 
 def test_a_difference_among_many_methods_is_decided_at_their_level():
-    """Catches limits and intervals that are those of a single method in a table of twenty."""
+    """Catches limits and intervals that are those of a single method in a table of twenty, and a method whose seeds are
+    alike by chance. The seeds of each of the twenty scatter by .01, so 40 degrees of freedom stand behind that.
+    """
+    constant = {seed: np.full(30, 0.4) for seed in range(3)}
     arm = {seed: np.full(30, 0.5 + 0.01 * seed) for seed in range(3)}
-    alone, among = (compare(arm, {seed: np.full(30, 0.4) for seed in range(3)}, "x", number) for number in (1, 20))
-    assert alone.undecidable_below == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-4)
-    assert among.undecidable_below == pytest.approx(19.9625 * 0.01 / 3**0.5, rel=1e-3)
+    table = luck([(arm, constant)] * 20)
+    assert (table.variance, table.freedom, table.num_methods) == (pytest.approx(1e-4), 40, 20)
+    assert compare(arm, constant, "x").undecidable_below == pytest.approx(4.302653 * 0.01 / 3**0.5)
+    assert compare(arm, constant, "x", table).undecidable_below == pytest.approx(4.302653 * 0.01 / 3**0.5)
+    alike = {seed: np.full(30, 0.5) for seed in range(3)}
+    assert compare(alike, constant, "x", table).undecidable_below == pytest.approx(3.226628 * 0.01 / 3**0.5)
     cases = {seed: np.array([-1.0, *[0.2] * 19]) for seed in range(3)}  # one case speaks against all others
-    alone, among = (compare(cases, {seed: np.zeros(20) for seed in range(3)}, "x", number) for number in (1, 200))
+    nothing = {seed: np.zeros(20) for seed in range(3)}
+    alone, among = (compare(cases, nothing, "x", luck([(nothing, nothing)] * number)) for number in (1, 200))
     assert (alone.decided, among.decided) == (True, False)
 
 
