@@ -101,9 +101,9 @@ def test_memory_counts_views_copies_and_decoder(resenc_l):
 
 
 def test_step_cost_refuses_nonsense():
-    with pytest.raises(ValueError, match="more than 0 views"):
+    with pytest.raises(ValueError, match="views=0 must be above 0"):
         StepCost(views=0)
-    with pytest.raises(ValueError, match="at least 1 copy"):
+    with pytest.raises(ValueError, match="copies=0 must be 1 or more"):
         StepCost(copies=0)
 
 
