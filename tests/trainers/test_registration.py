@@ -200,8 +200,8 @@ def test_a_sham_deforms_and_restores_another_sample(tiny_plan, pair):
 
 def test_likeness_counts_as_beaten_where_it_is_higher():
     """Catches correlation taken for an error by the gate of the benchmark."""
-    assert gate([{"ncc beside the untouched input": [0.8, 0.5]}])[0] == "passed"
-    assert gate([{"ncc beside the untouched input": [0.4, 0.5]}])[0] == "failed"
+    assert gate([{"ncc": [0.8, 0.5]}] * 2)[0] == "passed"
+    assert gate([{"ncc": [0.4, 0.5]}] * 2)[0] == "failed"
 
 
 @pytest.mark.parametrize(
