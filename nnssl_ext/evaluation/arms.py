@@ -231,8 +231,6 @@ def check_fairness(arms: Sequence[PlannedArm], baselines: Mapping[str, PlannedAr
     warnings = []
     compared = [(start, baselines[arm.name]) for arm in arms if arm.name in baselines for start in arm.starts]
     for arm, base in compared:
-        if arm.config is None:
-            continue
         recipe, network = _differing_recipe(arm, base), differing_network(arm, base, configuration)
         if recipe or network:
             warnings.append(
@@ -245,7 +243,7 @@ def check_fairness(arms: Sequence[PlannedArm], baselines: Mapping[str, PlannedAr
 def _differing_recipe(arm: PlannedArm, reference: PlannedArm) -> list[str]:
     """What two arms are trained with that is not the same, each as `lr (0.001, not 0.01)`."""
     if arm.config is None or reference.config is None:
-        return []
+        return _differing_from_plain(arm, reference)
     differing = []
     for name in arm.config.__dataclass_fields__:
         own, base = getattr(arm.config, name), getattr(reference.config, name)
@@ -265,6 +263,17 @@ def find_leaks(arms: Iterable[PlannedArm], hashes: Mapping[str, Sequence[str]]) 
 
     Args:
         arms: The arms.
+def _differing_from_plain(arm: PlannedArm, reference: PlannedArm) -> list[str]:
+    """The same where one of them is plain nnU-Net, whose training no plans name."""
+    ours = arm.config or reference.config
+    if ours is None:
+        return []
+    plain = arm if arm.config is None else reference
+    length = f"{ours.num_epochs} epochs of {ours.iterations_per_epoch} steps"
+    mirroring = [] if ours.validation_mirroring else ["mirroring in validation (plain nnU-Net's alone)"]
+    return [f"training ({plain.trainer}'s own, by default 1000 epochs of 250 steps, beside {length})", *mirroring]
+
+
         hashes: Content hashes of the images of each training and validation case.
     """
     leaks = {}
