@@ -77,6 +77,11 @@ class PlannedArm:
         return self.config is not None and self.config.pretrained_weights is not None
 
     @property
+    def images_known(self) -> bool:
+        """Whether the checkpoints of all its seeds say which images they were pretrained on."""
+        return all(start.config and start.config.pretraining_content_hashes for start in self.starts)
+
+    @property
     def label(self) -> str:
         """Short name: `mae` for `ptPlans__mae`."""
         return self.short or self.name.removeprefix(NAME_PREFIX)
@@ -258,11 +263,6 @@ def _differing_recipe(arm: PlannedArm, reference: PlannedArm) -> list[str]:
     return differing
 
 
-def find_leaks(arms: Iterable[PlannedArm], hashes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Cases whose images were pretrained on, by arm.
-
-    Args:
-        arms: The arms.
 def _differing_from_plain(arm: PlannedArm, reference: PlannedArm) -> list[str]:
     """The same where one of them is plain nnU-Net, whose training no plans name."""
     ours = arm.config or reference.config
@@ -274,6 +274,11 @@ def _differing_from_plain(arm: PlannedArm, reference: PlannedArm) -> list[str]:
     return [f"training ({plain.trainer}'s own, by default 1000 epochs of 250 steps, beside {length})", *mirroring]
 
 
+def find_leaks(arms: Iterable[PlannedArm], hashes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Cases whose images were pretrained on, by arm.
+
+    Args:
+        arms: The arms.
         hashes: Content hashes of the images of each training and validation case.
     """
     leaks = {}
@@ -301,13 +306,14 @@ def check_weights(arms: Iterable[PlannedArm]) -> None:
                 raise ValueError(other_weights(path))
 
 
-def refuse_seen(name: str, cases: Sequence[str], splits: Sequence[Split]) -> None:
+def refuse_seen(name: str, cases: Sequence[str], splits: Sequence[Split], what: str = "were in") -> None:
     """Refuses cases of the folds that were pretrained on.
 
     Args:
         name: Whose pretraining set it is.
         cases: Those in it.
         splits: The folds.
+        what: How they are connected with it.
 
     Raises:
         ValueError: If there is one.
@@ -318,7 +324,7 @@ def refuse_seen(name: str, cases: Sequence[str], splits: Sequence[Split]) -> Non
     held_out = [case for case in cases if case in validated]
     kind, shown = ("validation", held_out) if held_out else ("training", cases)
     raise ValueError(
-        f"{len(shown)} {kind} cases were in the pretraining set of {name}, such as {', '.join(shown[:3])}: their "
+        f"{len(shown)} {kind} cases {what} the pretraining set of {name}, such as {', '.join(shown[:3])}: their "
         "result would not be honest. Pretrain on other images (nnssl_convert msd ... --unlabelled N makes disjoint "
         "datasets), or leave these cases out of the folds"
     )
@@ -333,10 +339,10 @@ def refuse_leaks(arms: Sequence[PlannedArm], hashes: Mapping[str, Sequence[str]]
     for name, cases in find_leaks(arms, hashes).items():
         refuse_seen(name, cases, splits)
     return [
-        f"The checkpoint of {arm.label} does not say which images it was pretrained on, so it cannot be checked "
+        f"A checkpoint of {arm.label} does not say which images it was pretrained on, so it cannot be checked "
         "whether the cases evaluated here were among them."
         for arm in arms
-        if arm.config is not None and arm.pretrained and not arm.config.pretraining_content_hashes
+        if arm.pretrained and not arm.images_known
     ]
 
 
@@ -354,6 +360,7 @@ def describe_arm(
         role=role,
         trainer=arm.trainer,
         pretrained=arm.pretrained,
+        images_known=arm.images_known,
         baseline=base.name if base else "",
         other_network=base is not None and ARCHITECTURE in differing_network(arm, base, configuration),
         pretrained_per_seed=bool(arm.per_seed),

@@ -360,8 +360,8 @@ def _refuse_leaks(
     """Refuses, before the first step, what `nnssl_evaluate` would refuse after the last.
 
     Raises:
-        ValueError: If an image of a fold is among those that would be pretrained on, by content, or on both of its
-            sides.
+        ValueError: If an image of a fold is among those that would be pretrained on, by content, or a further image of
+            its patient, where both datasets name patients; or if an image is on both sides of a fold.
     """
     cases = cases_of(splits.values())
     hashes = content_hashes(manifest, cases, executor, cache)
@@ -370,3 +370,6 @@ def _refuse_leaks(
         store = Store.open(pretraining / identifier)
         seen = {code for entry in store.entries.values() for code in entry.content_hashes}
         refuse_seen(pretraining.name, [case for case in cases if seen.intersection(hashes[case])], [*splits.values()])
+        named = {entry.subject for case, entry in store.entries.items() if entry.subject != case}
+        known = [case for case in cases if manifest.case(case).subject in named]
+        refuse_seen(pretraining.name, known, [*splits.values()], "are of patients in")

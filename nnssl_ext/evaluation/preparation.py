@@ -132,6 +132,7 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
     hashes = content_hashes(manifest, cases, executor, preprocessed / HASHES_FILE)
     refuse_copies(hashes, dict(zip(chosen, chosen_splits, strict=True)))
     warnings += arms.refuse_leaks(planned, hashes, chosen_splits)
+    warnings += folds.warn_of_patients(dict(zip(chosen, chosen_splits, strict=True)), manifest.subjects())
     runs = folds.plan_runs(
         planned,
         splits,

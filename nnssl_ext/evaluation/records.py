@@ -34,6 +34,8 @@ class Arm:
     """`reference` (what the others are compared with), `arm`, or `plain` (stock nnU-Net: unseeded, all labels only)."""
     trainer: str
     pretrained: bool
+    images_known: bool = False
+    """Whether all its checkpoints say which images they were pretrained on, so that leaks could be looked for."""
     baseline: str = ""
     """Name of the arm that it is compared with; empty: the reference, or it is that itself."""
     other_network: bool = False

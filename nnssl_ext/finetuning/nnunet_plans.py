@@ -235,7 +235,7 @@ def _checked_folds(splits: Sequence[Split], manifest: Manifest) -> Sequence[Spli
             f"Correct {SPLITS_FILE} beside the plans, or give other folds with --splits"
         )
     for index, split in enumerate(splits):
-        both = {subject_of[case] for case in split.train} & {subject_of[case] for case in split.val}
+        both = shared_patients(split, subject_of)
         if both:
             logger.warning(
                 "fold %d trains and validates on images of the same %d patients, such as %s: its result will be too "
@@ -243,6 +243,11 @@ def _checked_folds(splits: Sequence[Split], manifest: Manifest) -> Sequence[Spli
                 *(index, len(both), min(both), SPLITS_FILE),
             )
     return splits
+
+
+def shared_patients(split: Split, subject_of: Mapping[str, str]) -> set[str]:
+    """The patients of whom there are images on both sides of a fold."""
+    return {subject_of[case] for case in split.train} & {subject_of[case] for case in split.val}
 
 
 def _preprocessing(

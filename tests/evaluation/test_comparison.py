@@ -43,7 +43,7 @@ class World:
         folder = root / "preprocessed" / UNLABELLED
         make_plan((16, 16, 8)).save(folder / "nnsslPlans.json")
         write_json(folder / "nnsslPlans_3d_fullres" / "nnssl_index.json", {})
-        self.seen = SimpleNamespace(content_hashes=("0" * 64,))
+        self.seen = SimpleNamespace(content_hashes=("0" * 64,), subject="a")
         patch.setattr(comparison_plan.Store, "open", lambda folder: SimpleNamespace(entries={"a": self.seen}))
         patch.setattr(comparison_plan, "prepare_dataset", lambda *_, **__: self.labelled)
         patch.setattr(comparison, "preprocess", lambda *_: None)
@@ -258,11 +258,15 @@ def test_other_images_or_another_preparation_are_other_runs(world: World) -> Non
 
 
 def test_leaks_are_refused_before_the_first_step(world: World) -> None:
+    """Catches a further image of a patient who was pretrained on, among others."""
     image = fakes.image_of(world.root, fakes.splits()[0].val[0])
     world.seen.content_hashes = (content_hash(image[0]),)
     with pytest.raises(ValueError, match=f"1 validation cases were in the pretraining set of {UNLABELLED}"):
         world.run(settings())
     images, split = world.root / "raw" / fakes.DATASET / "imagesTr", fakes.splits()[0]
+    world.seen.content_hashes, world.seen.subject = (), split.train[0]
+    with pytest.raises(ValueError, match=f"1 training cases are of patients in the pretraining set of {UNLABELLED}"):
+        world.run(settings())
     copied = (images / f"{split.train[0]}_0000.nii.gz").read_bytes()
     (images / f"{split.val[0]}_0000.nii.gz").write_bytes(copied)
     with pytest.raises(ValueError, match=f"fold 0 validates on {split.val[0]} and trains on {split.train[0]}"):
