@@ -177,6 +177,7 @@ def test_a_checkpoint_without_hashes_gives_a_warning(world: SimpleNamespace) -> 
     fakes.make_plans(world.root, "ptPlans__mae__p1", pretrained_weights="w.pth", seed=1)
     evaluation, _ = run(replace(FULL, plans=SEEDED, num_train=("all",), folds=(0,)))
     assert any("does not say which images it was pretrained on" in warning for warning in evaluation.warnings)
+    assert any("The plans ptPlans__mae__p1 do not tell their weights" in warning for warning in evaluation.warnings)
     assert not evaluation.arm("ptPlans__mae").images_known
 
 
@@ -250,7 +251,8 @@ def write_weights(world: SimpleNamespace, value: float, *, plan: bool = True) ->
 def test_results_of_other_weights_are_not_counted_as_results_of_these(world: SimpleNamespace) -> None:
     """Catches a start that is known by the name of its file alone."""
     write_weights(world, 1.0)
-    run()
+    evaluation, _ = run()
+    assert not any("by content" in warning for warning in evaluation.warnings)
     write_weights(world, 1.0)  # planned again: the same weights in another file
     again = Recorder()
     run(trainer=again)
