@@ -206,8 +206,8 @@ def markdown(comparison: MethodComparison, evaluation: Evaluation) -> str:
         f"Budget {comparison.budget} a run, {seeds}, {len(comparison.folds)} of the folds of {comparison.dataset}; "
         f"pretrained on {comparison.pretrain_dataset}. Dice: foreground, whole volumes; probe: linear, on frozen "
         "features. In brackets: 95% of a bootstrap over seeds and patients. A question mark: not decided, "
-        "since the difference is within the luck of the seeds or an interval holds zero, both at the level of the whole "
-        "table.",
+        "since the difference is within the luck of the seeds or an interval holds zero, both at the level of the "
+        "whole table.",
         comparison.certainty,
         *(f"Warning: {warning}" for warning in comparison.warnings),
         *comparison.conditions,

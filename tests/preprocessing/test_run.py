@@ -249,7 +249,7 @@ def test_a_device_makes_the_same_store_or_is_refused(
     first, second = run(manifest, plan, tmp_path / "a"), run(manifest, plan, tmp_path / "b", device="cpu:0")
     whole = ("case_0", (0, 0, 0), first.entries["case_0"].shape[1:])
     np.testing.assert_allclose(second.read_crop(*whole), first.read_crop(*whole), atol=2e-3)
-    with pytest.raises(ValueError, match="^device 'warp' cannot be used here"):
+    with pytest.raises(ValueError, match=r"^device 'warp' cannot be used here"):
         run(manifest, plan, tmp_path / "a", device="warp", overwrite=True)
     np.testing.assert_array_equal(Store.open(tmp_path / "a").read_crop(*whole), first.read_crop(*whole))
 
