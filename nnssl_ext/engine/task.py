@@ -347,7 +347,10 @@ class PretrainTrainer:
                     f"{', '.join(sorted(own))} (recipe). See nnssl_train -tr {cls.__name__} --describe."
                 )
             paths.append(f"task_config.{override}" if name in of_task else override)
-        return apply_overrides(cls(**cls.vit) if backbone == "vit" else cls(), paths)
+        try:
+            return apply_overrides(cls(**cls.vit) if backbone == "vit" else cls(), paths)
+        except ValueError as error:
+            raise ValueError(str(error).replace("task_config.", "")) from error  # which is not to be typed
 
 
 TRAINERS: Registry[type[PretrainTrainer]] = Registry("trainer", "nnssl_ext.trainers")

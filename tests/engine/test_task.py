@@ -89,7 +89,7 @@ def test_an_unknown_name_lists_the_valid_ones():
     ("override", "message"),
     [
         ("num_epochs", "not of the form name=value"),
-        ("width=wide", "width"),
+        ("width=wide", "^overrides: width: "),
         ("num_epochs=0", "num_epochs=0 must be 1 or more"),
         ("accumulate=0", "accumulate=0 must be 1 or more"),
         ("val_fraction=1", r"val_fraction=1\.0 must lie in \(0, 1\)"),
