@@ -10,11 +10,21 @@ from pathlib import Path
 import dataset_conversion
 from nnssl_ext.cli.common import command
 
+EPILOG = """examples:
+  nnssl_convert folder /data/scans -d 1 --name Scans                         any tree of images, BIDS included
+  nnssl_convert folder /data/ct -d 2 --name Lungs --modality CT --subject 'patient_([0-9]+)'
+  nnssl_convert msd Task04_Hippocampus -d 4
+  nnssl_convert msd Task04_Hippocampus -d 4 --unlabelled 60 --unlabelled_dataset 1     60 cases for pretraining
+  nnssl_convert folder --help                                                the options of one layout
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments: one sub-command per layout and per `dataset_conversion/DatasetXXX_Name.py`."""
     p = argparse.ArgumentParser(
         prog="nnssl_convert",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         description="Writes a raw dataset, $nnssl_raw/DatasetXXX_Name. Can be interrupted and repeated.",
     )

@@ -8,10 +8,26 @@ from collections.abc import Sequence
 from nnssl_ext.cli import extract_fingerprint, plan_experiment, preprocess
 from nnssl_ext.cli.common import command, record
 
+EPILOG = """examples:
+  nnssl_plan_and_preprocess -d 1                                             for the memory of the GPU at hand
+  nnssl_plan_and_preprocess -d 1 -gpu_memory_target 24 -tr DINOv2Trainer     for another GPU and method
+  nnssl_plan_and_preprocess -d 1 -spacing 1.5 1.5 1.5 -np 16                 mm as z y x, sixteen processes
+  nnssl_plan_and_preprocess -d 1 -pl nnsslPlannerPrimusM                     a vision transformer
+  nnssl_plan_and_preprocess -d 1 -pl nnsslPlannerResEncXS                    a small network for CPUs
+
+Files go to $nnssl_preprocessed/DATASET. A second start goes on where the first one stopped.
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    result = argparse.ArgumentParser(prog="nnssl_plan_and_preprocess", description=__doc__, allow_abbrev=False)
+    result = argparse.ArgumentParser(
+        prog="nnssl_plan_and_preprocess",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     result.add_argument("-d", nargs="+", required=True, metavar="DATASET", help="ids or full names of datasets")
     extract_fingerprint.add_arguments(result)
     plan_experiment.add_arguments(result)

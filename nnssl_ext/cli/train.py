@@ -26,8 +26,9 @@ EPILOG = f"""examples:
   nnssl_train 1 3d_fullres -tr MAETrainer -num_gpus 4         4 GPUs of this machine; the batch size is per GPU
   torchrun --nnodes 2 --nproc-per-node 4 ... -m nnssl_ext.cli.train 1 3d_fullres -tr MAETrainer
 
-SIGTERM and SIGUSR1 write a checkpoint after the step in hand and end the command with exit status {STOPPED}: the same
-command with --c goes on. Status 0: the run is finished. 2: something must be changed first; the message says what.
+SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint after the step in hand and end the command with exit status {STOPPED}:
+the same command with --c goes on. Status 0: the run is finished. 2: something must be changed first; the message says
+what.
 """
 TAG_PATTERN = r"[A-Za-z0-9.-]+(_[A-Za-z0-9.-]+)*"
 KIBIBYTE = 2**10
