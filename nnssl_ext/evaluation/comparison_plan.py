@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,11 +174,6 @@ class Planned:
         return f"{NAME_PREFIX}{SCRATCH}-{self.finetuning_code(network, device)}"
 
 
-def cases_of(splits: Iterable[Split]) -> list[str]:
-    """Every case of the folds, once."""
-    return sorted({case for split in splits for case in (*split.train, *split.val)})
-
-
 def code_of(*parts: Any) -> str:
     """A short hash of JSON builtins."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:_CODE_LENGTH]
@@ -198,15 +193,8 @@ def plan_comparison(settings: ComparisonSettings, executor: Executor) -> Planned
     parse_settings(settings.finetuning.settings)
     preprocessed = prepare_dataset(raw.name, 1, with_plans=False)
     splits = tuple(read_splits(settings.splits) if settings.splits else dataset_splits(preprocessed))
-    chosen = settings.folds or tuple(range(len(splits)))
-    folds.check_folds(chosen, splits)
-    chosen_splits = [splits[fold] for fold in chosen]
-    sizes = settings.num_train
-    if settings.fractions:
-        sizes = tuple(folds.sizes_from_fractions(settings.fractions, chosen_splits))
-    folds.check_sizes(sizes, chosen_splits)
+    by_fold, sizes = folds.choose(splits, settings.folds, settings.num_train, settings.fractions)
     manifest = Manifest.load(raw)
-    by_fold = dict(zip(chosen, chosen_splits, strict=True))
     _refuse_leaks(manifest, by_fold, pretraining, methods, executor, preprocessed / HASHES_FILE)
     planned = Planned(
         settings=settings,
@@ -217,17 +205,17 @@ def plan_comparison(settings: ComparisonSettings, executor: Executor) -> Planned
         folder=results_root() / raw.name / EVALUATIONS_FOLDER / settings.folder_name,
         methods=tuple(methods),
         splits=splits,
-        folds=chosen,
+        folds=tuple(by_fold),
         num_train=sizes,
         patch_size=settings.finetuning.patch_size or base_patch(methods[0], pretraining),
-        made_of=source_hashes(manifest, cases_of(chosen_splits), executor, preprocessed),
+        made_of=source_hashes(manifest, folds.cases_of(by_fold.values()), executor, preprocessed),
         warnings=tuple(_warnings(settings)),
     )
     pool, test = planned.probe_cases()
     if len(pool) < settings.probe.config.num_labelled or len(test) < 2:
         raise ValueError(
-            f"fold {chosen[0]} has {len(pool)} training and {len(test)} validation cases, and a probe learns from "
-            f"{settings.probe.config.num_labelled} and is scored on 2 or more. Give a smaller num_labelled in "
+            f"fold {planned.folds[0]} has {len(pool)} training and {len(test)} validation cases, and a probe learns "
+            f"from {settings.probe.config.num_labelled} and is scored on 2 or more. Give a smaller num_labelled in "
             '--settings ({"probe": {"config": {"num_labelled": N}}}), or other folds'
         )
     return planned
@@ -363,7 +351,7 @@ def _refuse_leaks(
         ValueError: If an image of a fold is among those that would be pretrained on, by content, or a further image of
             its patient, where both datasets name patients; or if an image is on both sides of a fold.
     """
-    cases = cases_of(splits.values())
+    cases = folds.cases_of(splits.values())
     hashes = content_hashes(manifest, cases, executor, cache)
     refuse_copies(hashes, splits)
     for identifier in sorted({method.configuration.data_identifier for method in methods}):

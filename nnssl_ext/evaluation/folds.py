@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,27 @@ def sizes_from_fractions(fractions: Sequence[float], splits: Sequence[Split]) ->
                 "training cases; give shares further apart"
             )
     return ["all" if count == smallest else count for count in counts]
+
+
+def choose(
+    splits: Sequence[Split], folds: Sequence[int], num_train: Sequence[NumTrain], fractions: Sequence[float]
+) -> tuple[dict[int, Split], tuple[NumTrain, ...]]:
+    """The folds that are asked for, all where none is, and the training set sizes, by fractions where there are any.
+
+    Raises:
+        ValueError: If there is no such fold, or a size or share that it cannot give.
+    """
+    chosen = folds or tuple(range(len(splits)))
+    check_folds(chosen, splits)
+    by_fold = {fold: splits[fold] for fold in chosen}
+    sizes = sizes_from_fractions(fractions, list(by_fold.values())) if fractions else num_train
+    check_sizes(sizes, list(by_fold.values()))
+    return by_fold, tuple(sizes)
+
+
+def cases_of(splits: Iterable[Split]) -> list[str]:
+    """Every case of the folds, once."""
+    return sorted({case for split in splits for case in (*split.train, *split.val)})
 
 
 def check_choices(folds: Sequence[int], num_train: Sequence[NumTrain], seeds: Sequence[int]) -> None:

@@ -117,26 +117,20 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
     )
     reference = arms.choose_reference(planned, settings.reference)
     splits = arms.common_splits(planned) or _nnunet_splits(preprocessed, manifest)
-    chosen = settings.folds or tuple(range(len(splits)))
-    folds.check_folds(chosen, splits)
-    chosen_splits = [splits[fold] for fold in chosen]
-    sizes = settings.num_train
-    if settings.fractions:
-        sizes = tuple(folds.sizes_from_fractions(settings.fractions, chosen_splits))
-    folds.check_sizes(sizes, chosen_splits)
+    chosen, sizes = folds.choose(splits, settings.folds, settings.num_train, settings.fractions)
     arms.check_plain(planned, sizes)
     baselines = arms.baselines_of(planned, reference, settings.configuration)
     warnings = arms.check_weights(planned) + arms.check_fairness(planned, baselines, settings.configuration)
-    cases = sorted({case for split in chosen_splits for case in (*split.train, *split.val)})
+    cases = folds.cases_of(chosen.values())
     hashes = content_hashes(manifest, cases, executor, preprocessed / HASHES_FILE)
-    refuse_copies(hashes, dict(zip(chosen, chosen_splits, strict=True)))
-    warnings += arms.refuse_leaks(planned, hashes, chosen_splits)
-    warnings += folds.warn_of_patients(dict(zip(chosen, chosen_splits, strict=True)), manifest.subjects())
+    refuse_copies(hashes, chosen)
+    warnings += arms.refuse_leaks(planned, hashes, list(chosen.values()))
+    warnings += folds.warn_of_patients(chosen, manifest.subjects())
     runs = folds.plan_runs(
         planned,
         splits,
         manifest.subjects(),
-        folds=chosen,
+        folds=tuple(chosen),
         num_train=sizes,
         seeds=settings.seeds,
         configuration=settings.configuration,
@@ -154,7 +148,7 @@ def prepare(settings: EvaluationSettings, executor: Executor) -> Prepared:
         reference=reference,
         baselines=baselines,
         splits=splits,
-        folds=chosen,
+        folds=tuple(chosen),
         num_train=sizes,
         runs=tuple(runs),
         warnings=tuple(warnings),
