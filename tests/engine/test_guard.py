@@ -480,13 +480,8 @@ def _train(rank: int, spec: RunSpec, poisoned: bool, port: int, folder: str) -> 
 @pytest.mark.parametrize("poisoned", [False, True], ids=["an alarm of both", "one rank is not finite"])
 def test_two_processes_go_back_at_the_same_step_to_the_same_state(spec, tmp_path, poisoned):
     """Fails if one rank alone goes back, slows down or turns a knob: they would wait for each other, or train apart."""
-    sick = [
-        "health.every=5",
-        "health.min_cases=3",
-        "health.between=1e9",
-        "health.rank_warn=1e9",
-        "health.rank_fail=1e9",
-    ]
+    limits = ("every=5", "min_cases=3", "between=1e9", "rank_warn=1e9", "rank_fail=1e9")
+    sick = [f"health.{limit}" for limit in limits]
     trainer = PairTrainer.configured(["health.every=2"] if poisoned else sick)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
