@@ -13,7 +13,7 @@ from nnssl_ext.loading.loader import PatchLoader
 from nnssl_ext.loading.needs import DataNeeds
 from nnssl_ext.preprocessing.index import Provenance
 from nnssl_ext.preprocessing.store import CorruptCaseError, Store, write_case
-from tests.loading.test_loader import same
+from tests.loading.test_loader import assert_same
 
 MakeDamaged = Callable[..., Store]
 SHAPE = (4, 4, 4)
@@ -91,7 +91,7 @@ def test_workers_give_the_same_replacements(make_damaged) -> None:
     store = make_damaged(101, [3])
     expected = list(loader(store).batches(0, 30))
     with loader(store, num_workers=1) as parallel:
-        same(list(parallel.batches(0, 30)), expected)
+        assert_same(list(parallel.batches(0, 30)), expected)
         assert parallel.statistics() == replace(parallel.statistics(), num_replaced=1)
 
 

@@ -21,7 +21,7 @@ SHAPES = [(20, 18, 16), (9, 30, 25), (33, 21, 17), (16, 12, 8), (14, 14, 40)]
 PATCH = (12, 14, 10)
 
 
-def same(one: list[Batch], other: list[Batch]) -> None:
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
         for name in ("data", "valid", "lower", "spacing"):
@@ -39,9 +39,9 @@ def test_workers_change_nothing(make_store, num_workers: int) -> None:
     store = make_store(SHAPES)
     expected = list(loader(store).batches(0, 9))
     with loader(store, num_workers=num_workers) as parallel:
-        same(list(parallel.batches(0, 9)), expected)
+        assert_same(list(parallel.batches(0, 9)), expected)
         workers = [worker.process.pid for worker in parallel._reader._workers]
-        same(list(parallel.batches(4, 9)), expected[4:])
+        assert_same(list(parallel.batches(4, 9)), expected[4:])
         assert [worker.process.pid for worker in parallel._reader._workers] == workers
         assert len(workers) == num_workers
         assert parallel.wait_seconds > 0
@@ -51,7 +51,7 @@ def test_start_in_the_middle(make_store) -> None:
     store = make_store(SHAPES)
     whole = list(loader(store, accumulate=3).batches(0, 5))
     assert len(whole) == 15
-    same(list(loader(store, accumulate=3).batches(2, 4)), whole[6:12])
+    assert_same(list(loader(store, accumulate=3).batches(2, 4)), whole[6:12])
 
 
 def test_a_left_reading_does_not_disturb_the_next(make_store) -> None:
@@ -59,7 +59,7 @@ def test_a_left_reading_does_not_disturb_the_next(make_store) -> None:
     with loader(store, num_workers=2) as parallel:
         for _ in parallel.batches(0, 100):
             break
-        same(list(parallel.batches(3, 6)), list(loader(store).batches(3, 6)))
+        assert_same(list(parallel.batches(3, 6)), list(loader(store).batches(3, 6)))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -195,7 +195,7 @@ def test_a_worker_that_dies_is_an_error_that_names_its_files(make_store) -> None
         with pytest.raises(RuntimeError, match=r"killed by signal 9 while reading .*case_[01]\.b2nd") as caught:
             list(batches)
         assert "-num_workers" in str(caught.value)
-        same(list(parallel.batches(0, 2)), list(loader(store).batches(0, 2)))  # and it can go on
+        assert_same(list(parallel.batches(0, 2)), list(loader(store).batches(0, 2)))  # and it can go on
 
 
 def test_reading_before_workers_start_does_not_deadlock(make_store) -> None:
@@ -206,7 +206,7 @@ def test_reading_before_workers_start_does_not_deadlock(make_store) -> None:
     finally:
         blosc2.set_nthreads(before)
     with loader(store, num_workers=1) as parallel:
-        same(list(parallel.batches(0, 3)), list(loader(store).batches(0, 3)))
+        assert_same(list(parallel.batches(0, 3)), list(loader(store).batches(0, 3)))
 
 
 def test_spawned_workers_read_the_same(make_store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_spawned_workers_read_the_same(make_store, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     store = make_store(SHAPES[:2])
     with loader(store, num_workers=1) as parallel:
-        same(list(parallel.batches(0, 3)), list(loader(store).batches(0, 3)))
+        assert_same(list(parallel.batches(0, 3)), list(loader(store).batches(0, 3)))
         assert type(parallel._reader._workers[0].process).__name__ == "SpawnProcess"
 
 
